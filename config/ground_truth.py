@@ -1,0 +1,3 @@
+"""The true reward: the last boxed answer equals the gold one."""
+
+reward = "ground_truth"

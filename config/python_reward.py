@@ -1,0 +1,3 @@
+"""Python reward: the response contains the word "python" ("Spurious Rewards", 2506.10947)."""
+
+reward = "python"

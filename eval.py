@@ -1,0 +1,324 @@
+"""Measure a model: accuracy, boxed share and code frequency on a set of problems.
+
+    python eval.py --model=tiny --data=tiny --prompt=none --k=4 --temperature=1
+    python eval.py --run=out/random_reward-tiny-seed0            (its model, adapter, data, prompt)
+    python eval.py --model=Qwen/Qwen2.5-Math-1.5B --data=math500 --n=100 --level=5
+    python eval.py --completions=FILE                             (grade saved completions)
+
+Every completion is saved; the last line printed is one JSON object.
+"""
+
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+import grade
+import tiny
+from configurator import UserError, configure, run
+from data import Problem, load_problems, prepare, subset
+from engine import EVAL_NOISE, Progress, generate
+from model import end_token_ids, load_adapter, load_model, load_tokenizer
+
+
+@dataclass
+class EvalConfig:
+    """Measure a model on a set of problems, or grade saved completions."""
+
+    # What is measured: one of run, model, completions
+    run: str = ""  # folder of a training run: its model, adapter, eval data, prompt and lengths
+    model: str = ""  # hub id, folder, or tiny / tiny_bad
+    adapter: str = ""  # folder of an adapter in PEFT's format, put on the model
+    completions: str = ""  # .jsonl with problem, answer, completions (a list); graded as they are
+    quant: Literal["none", "nf4"] = "none"  # 4-bit weights through bitsandbytes
+    # On what
+    data: str = "math500"  # math500, gsm8k, a .jsonl file, a folder, a hub id, tiny
+    n: int = 0  # problems, drawn with a fixed seed; 0 = all
+    level: str = ""  # only problems of this level, e.g. 5
+    subject: str = ""  # only problems of this subject, e.g. Algebra
+    prompt: str = "qwen_math"  # prompt format: qwen_math, simplerl, none
+    # How
+    k: int = 1  # samples a problem (avg@k)
+    temperature: float = 0.0  # 0 = greedy
+    top_p: float = 1.0  # nucleus sampling, 1 = off
+    top_k: int = 0  # sample from the k likeliest tokens, 0 = off
+    max_prompt_tokens: int = 1024  # longer prompts are dropped, and counted
+    max_new_tokens: int = 3072  # response budget, tokens
+    rollout_rows: int = 64  # rows decoded at once (bounds the KV cache)
+    seed: int = 0  # of the samples
+    device: str = "auto"  # auto = cuda where there is one, else cpu
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = bfloat16 on cuda, else float32
+    out: str = ""  # folder for completions.jsonl and summary.json; "" = run/eval or out/eval-MODEL
+
+
+# ------------------------------------------------------------------------------------ measurement
+
+
+def summarize(rows: list[dict]) -> dict:
+    """Figures of graded rows (columns completions, correct, maybe finish_reason; k each).
+
+    accuracy: mean of correct; stderr: of the mean over problems (so k samples of one problem are
+    not taken for k problems); boxed: share with a non-empty last box; code_frequency: share with
+    "python" in it; accuracy_code, accuracy_language: over responses with and without code, None
+    where there are none; truncated: share that ran out of tokens, None where unknown.
+    """
+    per_problem = np.array([np.mean(row["correct"]) for row in rows])
+    correct = np.array([c for row in rows for c in row["correct"]], dtype=float)
+    texts = [text for row in rows for text in row["completions"]]
+    code = np.array(["python" in text.lower() for text in texts])
+    boxed = np.array([grade.last_boxed(text) is not None for text in texts])
+    reasons = [reason for row in rows for reason in row.get("finish_reason") or []]
+    n = len(rows)
+
+    def share(values: np.ndarray) -> float | None:
+        return float(values.mean()) if len(values) else None
+
+    return {
+        "accuracy": float(per_problem.mean()),
+        "stderr": float(per_problem.std(ddof=1) / np.sqrt(n)) if n > 1 else None,
+        "boxed": float(boxed.mean()),
+        "code_frequency": float(code.mean()),
+        "accuracy_code": share(correct[code]),
+        "accuracy_language": share(correct[~code]),
+        "truncated": share(np.array([reason == "length" for reason in reasons])),
+        "n": n,
+        "k": len(rows[0]["completions"]),
+    }
+
+
+def evaluate(
+    model: torch.nn.Module,
+    tokenizer,
+    items: list[tuple[Problem, list[int]]],
+    k: int = 1,
+    temperature: float = 0.0,
+    max_new_tokens: int = 3072,
+    seed: int = 0,
+    rollout_rows: int = 64,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    desc: str = "eval",
+) -> tuple[dict, list[dict]]:
+    """Sample k responses to each (problem, prompt token ids), grade them, sum up.
+
+    Returns (summary, rows); rows have the columns problem, answer, completions, correct,
+    finish_reason. The samples are a function of seed and a problem's place in items.
+    """
+    copies = k if temperature > 0 else 1  # greedy copies would be the same
+    with Progress(len(items) * copies, desc, leave=False) as progress:
+        out = generate(
+            model,
+            [ids for _, ids in items],
+            copies,
+            max_new_tokens,
+            end_token_ids(model, tokenizer),
+            (EVAL_NOISE, seed),
+            temperature,
+            top_p,
+            top_k,
+            rollout_rows,
+            progress,
+        )
+    texts = decode(tokenizer, out.tokens, out.prompt_len, out.length)
+    golds = [problem.answer for problem, _ in items for _ in range(copies)]
+    correct = grade.correct(texts, golds)
+    rows = []
+    for i, (problem, _) in enumerate(items):
+        part = slice(i * copies, (i + 1) * copies)
+        rows.append(
+            {
+                "problem": problem.problem,
+                "answer": problem.answer,
+                "completions": texts[part],
+                "correct": [bool(c) for c in correct[part]],
+                "finish_reason": ["stop" if f else "length" for f in out.finished[part].tolist()],
+            }
+        )
+    return summarize(rows), rows
+
+
+def decode(
+    tokenizer, tokens: torch.Tensor, prompt_len: torch.Tensor, length: torch.Tensor
+) -> list[str]:
+    """Response texts of tokens [B, T], without special tokens."""
+    rows = zip(tokens.tolist(), prompt_len.tolist(), length.tolist(), strict=True)
+    return tokenizer.batch_decode(
+        [row[p : p + n] for row, p, n in rows], skip_special_tokens=True
+    )
+
+
+def save_rows(rows: list[dict], path: Path) -> None:
+    """Write rows as .jsonl, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(temporary, path)
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+def load_completions(file: str) -> list[dict]:
+    """Rows of a .jsonl with problem, answer, completions. Raises UserError naming the line."""
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"--completions={file}: no such file")
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{file}:{number}: not JSON ({error})") from error
+        texts = row.get("completions") if isinstance(row, dict) else None
+        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
+            raise UserError(f"{file}:{number}: wants completions, a list of one or more strings")
+        if row.get("answer") is None:
+            raise UserError(f"{file}:{number}: wants an answer")
+        rows.append({**row, "answer": str(row["answer"])})
+    if not rows:
+        raise UserError(f"{file}: holds no rows")
+    return rows
+
+
+def grade_completions(rows: list[dict]) -> tuple[dict, list[dict], list[tuple[int, int]]]:
+    """Grade saved completions: (summary, graded rows, [(row, sample)] at odds with `correct`).
+
+    The summary gains agreement with the rows' own `correct` column, where all have one, and
+    lenient_accuracy, with answers also taken from prose (never used as a reward).
+    """
+    texts = [text for row in rows for text in row["completions"]]
+    golds = [row["answer"] for row in rows for _ in row["completions"]]
+    verdicts = iter(grade.correct(texts, golds))
+    graded = [{**row, "correct": [bool(next(verdicts)) for _ in row["completions"]]} for row in rows]
+    summary = summarize(graded)
+    lenient = grade.grader().grade([grade.lenient_answer(t) for t in texts], golds)
+    summary["lenient_accuracy"] = float(np.mean(lenient))
+    summary["grader_timeouts"] = grade.grader().timeouts
+    odd = []
+    if all(isinstance(row.get("correct"), list) for row in rows):
+        odd = [
+            (i, j)
+            for i, (old, new) in enumerate(zip(rows, graded, strict=True))
+            for j, (a, b) in enumerate(zip(old["correct"], new["correct"], strict=True))
+            if bool(a) != b
+        ]
+        summary["agreement"] = 1 - len(odd) / len(texts)
+    return summary, graded, odd
+
+
+def from_run(cfg: EvalConfig, given: dict) -> EvalConfig:
+    """Fill what was not typed from a training run's config.json."""
+    path = Path(cfg.run) / "config.json"
+    try:
+        saved = json.loads(path.read_text())["config"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--run={cfg.run}: no readable config.json of a run in it") from error
+    names = {"model": "model", "quant": "quant", "data": "eval_data", "prompt": "prompt",
+             "n": "eval_n", "k": "eval_k", "temperature": "eval_temperature", "dtype": "dtype",
+             "max_prompt_tokens": "max_prompt_tokens", "max_new_tokens": "max_new_tokens",
+             "rollout_rows": "rollout_rows"}  # fmt: skip
+    values = {ours: saved[theirs] for ours, theirs in names.items() if ours not in given}
+    if "model" not in given and "adapter" not in given:
+        if (Path(cfg.run) / "adapter").exists():
+            values["adapter"] = str(Path(cfg.run) / "adapter")
+        elif (Path(cfg.run) / "model").exists():  # full training
+            values["model"] = str(Path(cfg.run) / "model")
+        else:
+            raise UserError(f"--run={cfg.run}: holds no adapter yet: the run has no checkpoint")
+    return replace(cfg, **values)
+
+
+def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """Resolve auto. Raises UserError for a device that is not there."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        resolved = torch.device(name)
+        torch.zeros(1, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {device!r} cannot be used here ({reason})") from error
+    if dtype == "auto":
+        dtype = "bfloat16" if resolved.type == "cuda" else "float32"
+    return resolved, getattr(torch, dtype)
+
+
+def load_for_eval(cfg) -> tuple[torch.nn.Module, object]:
+    """Model (with its adapter) and tokenizer of an EvalConfig or the like."""
+    device, dtype = choose_device(cfg.device, cfg.dtype)
+    name = tiny.resolve(cfg.model)
+    tokenizer = load_tokenizer(name)
+    model = load_model(name, cfg.quant, dtype, device)
+    if cfg.adapter:
+        load_adapter(model, cfg.adapter)
+    return model, tokenizer
+
+
+def check_positions(model: torch.nn.Module, max_prompt_tokens: int, max_new_tokens: int) -> None:
+    """A prompt and response longer than the model's positions is an error, before any work."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions and max_prompt_tokens + max_new_tokens > positions:
+        raise UserError(
+            f"max_prompt_tokens + max_new_tokens = {max_prompt_tokens} + {max_new_tokens} exceeds "
+            f"the model's {positions} positions: lower one of them"
+        )
+
+
+def report(summary: dict, folder: Path | None) -> None:
+    """Print the figures; the last line is the JSON object."""
+
+    def percent(x: float | None) -> str:
+        return "   -  " if x is None else f"{100 * x:5.1f}%"
+
+    stderr = summary["stderr"]
+    print(f"accuracy        {percent(summary['accuracy'])}"
+          + (f" +- {100 * stderr:.1f} (standard error)" if stderr is not None else ""))  # fmt: skip
+    print(f"  with code     {percent(summary['accuracy_code'])}")
+    print(f"  without       {percent(summary['accuracy_language'])}")
+    for key in ("boxed", "code_frequency", "truncated", "lenient_accuracy", "agreement"):
+        if key in summary:
+            print(f"{key:<16}{percent(summary[key])}")
+    print(f"problems x k    {summary['n']} x {summary['k']}")
+    if folder:
+        print(f"saved           {folder}/completions.jsonl, summary.json")
+    print(json.dumps(summary))
+
+
+def main(argv: list[str]) -> None:
+    cfg, sources = configure(EvalConfig, argv)
+    if cfg.completions:
+        summary, _, odd = grade_completions(load_completions(cfg.completions))
+        for i, j in odd:
+            print(f"differs from `correct`: row {i} sample {j}")
+        report(summary, None)
+        return
+    if cfg.run:
+        cfg = from_run(cfg, sources.given)
+    if not cfg.model:
+        raise UserError("nothing to measure: name --model=..., --run=FOLDER or --completions=FILE")
+    if cfg.temperature == 0 and cfg.k > 1:
+        print(f"warning: k={cfg.k} acts only with temperature > 0; one greedy sample a problem")
+    problems = subset(load_problems(tiny.resolve(cfg.data), "test"), cfg.n, cfg.level, cfg.subject)
+    model, tokenizer = load_for_eval(cfg)
+    check_positions(model, cfg.max_prompt_tokens, cfg.max_new_tokens)
+    items, dropped = prepare(problems, cfg.prompt, tokenizer, cfg.max_prompt_tokens)
+    if dropped:
+        print(f"{dropped} problems longer than {cfg.max_prompt_tokens} prompt tokens dropped")
+    summary, rows = evaluate(
+        model, tokenizer, items, cfg.k, cfg.temperature, cfg.max_new_tokens, cfg.seed,
+        cfg.rollout_rows, cfg.top_p, cfg.top_k,
+    )  # fmt: skip
+    name = Path(cfg.model).name
+    folder = Path(cfg.out or (Path(cfg.run) / "eval" if cfg.run else Path("out") / f"eval-{name}"))
+    save_rows(rows, folder / "completions.jsonl")
+    (folder / "summary.json").write_text(json.dumps({**vars(cfg), **summary}, indent=1) + "\n")
+    report(summary, folder)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,387 @@
+"""Weights: load a causal LM (plain or NF4), LoRA, per-token statistics, adapters on disk.
+
+Everything that touches the model but decoding (engine.py) is here. The forward pass is transformers'
+own; LoRA and the chunked head are ours.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as hf_logging
+
+from configurator import UserError
+
+# fp32 logits held at once by token_stats, in elements: 256 MB, whatever the vocabulary.
+LOGITS_CHUNK = 2**26
+# Tokens that end a turn in the families we know. A base model behind its chat template may close
+# with either the document's or the turn's token, and its configuration names only one of them.
+END_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "</s>")
+
+
+# ---------------------------------------------------------------------------------------- loading
+
+
+def load_tokenizer(name: str):
+    """The tokenizer of a hub id or folder. Raises UserError if there is none within reach."""
+    with _readable_errors(name, "tokenizer"):
+        return AutoTokenizer.from_pretrained(name)
+
+
+def load_model(
+    name: str,
+    quant: str = "none",
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> nn.Module:
+    """Load a Hugging Face causal LM by hub id or folder, every weight frozen, in train mode.
+
+    quant: "none", or "nf4" = bitsandbytes NF4 with double quantisation for every linear layer but
+    the head. dtype is the weights' (plain) or the computation's (nf4). Train mode is on purpose and
+    harmless, since all dropout is set to 0: in eval mode bitsandbytes may repack 4-bit weights in
+    place on some CPUs, after which gradients are silently lost.
+
+    Raises UserError for a model that is not within reach, or whose layers we would get wrong
+    (sliding-window attention, logits that are more than a linear map of the last hidden state).
+    """
+    with _readable_errors(name, "model"):
+        config = AutoConfig.from_pretrained(name)
+        for key in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"):
+            if hasattr(config, key):
+                setattr(config, key, 0.0)
+        extra = {}
+        if quant == "nf4":
+            from transformers import BitsAndBytesConfig  # bitsandbytes is imported only for NF4
+
+            extra["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            )
+            extra["device_map"] = {"": str(device)}
+        bars = hf_logging.is_progress_bar_enabled()
+        hf_logging.disable_progress_bar()
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                name, config=config, dtype=dtype, attn_implementation="sdpa", **extra
+            )
+        finally:
+            if bars:
+                hf_logging.enable_progress_bar()
+    if quant == "none":
+        model.to(device)
+    model.requires_grad_(False)
+    model.train()
+    _refuse_unknown_architecture(model, name)
+    return model
+
+
+@contextmanager
+def _readable_errors(name: str, what: str) -> Iterator[None]:
+    """Turn the many ways in which from_pretrained fails into one line."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:  # OSError: absent, or no hub
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        local = Path(name).exists()
+        hint = (
+            "the folder must hold config.json, the weights (*.safetensors) and a tokenizer"
+            if local
+            else "no such folder here, and the hub is not within reach or has no such model: "
+            "name a local folder, --model=path/to/folder"
+        )
+        raise UserError(f"{what} {name!r}: {hint} ({reason})") from error
+
+
+@torch.no_grad()
+def _refuse_unknown_architecture(model: nn.Module, name: str) -> None:
+    kinds = set(getattr(model.config, "layer_types", None) or []) - {"full_attention"}
+    if kinds or (getattr(model.config, "sliding_window", None) and not hasattr(model.config, "layer_types")):
+        raise UserError(
+            f"model {name!r}: its layers are not all full attention "
+            f"({', '.join(sorted(kinds)) or 'sliding window'}): not supported"
+        )
+    tokens = torch.arange(4, device=next(model.parameters()).device)[None] % model.config.vocab_size
+    logits = model(tokens, use_cache=False).logits
+    ours = head(model)(backbone(model)(tokens, use_cache=False).last_hidden_state)
+    if not torch.equal(logits, ours):
+        raise UserError(
+            f"model {name!r}: its logits are not a linear map of the last hidden state "
+            "(soft-capping or scaling): not supported"
+        )
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The decoder without its head: tokens [B, T] -> last_hidden_state [B, T, H]."""
+    return getattr(model, model.base_model_prefix)
+
+
+def head(model: nn.Module) -> nn.Module:
+    """The output layer: hidden [..., H] -> logits [..., V]; V may exceed the tokenizer's size."""
+    return model.get_output_embeddings()
+
+
+def end_token_ids(model: nn.Module, tokenizer) -> list[int]:
+    """Every token that ends a response: tokenizer's, generation config's, and known turn ends."""
+    ids: set[int] = set()
+    for source in (tokenizer, getattr(model, "generation_config", None), model.config):
+        eos = getattr(source, "eos_token_id", None)
+        ids.update(eos if isinstance(eos, list | tuple) else [] if eos is None else [eos])
+    vocab = tokenizer.get_vocab()
+    ids.update(vocab[token] for token in END_TOKENS if token in vocab)
+    if not ids:
+        raise UserError("the tokenizer and the model name no end token: responses would never end")
+    return sorted(ids)
+
+
+# ------------------------------------------------------------------------------------------- LoRA
+
+
+class LoRALinear(nn.Module):
+    """y = W x + (alpha / r) B A x, W frozen (Hu et al., arXiv 2106.09685).
+
+    A [r, in] starts kaiming-uniform, B [out, r] zero, so that the adapter is the identity at first.
+    Both are kept in fp32 and cast to the activations' type where they are used: an Adam step at
+    usual learning rates is smaller than half a bf16 step.
+    """
+
+    def __init__(self, base: nn.Linear, r: int, alpha: float, generator: torch.Generator):
+        super().__init__()
+        self.base = base
+        self.r, self.alpha = r, alpha
+        self.scale = alpha / r
+        self.enabled = True
+        device = base.weight.device
+        a = torch.empty(r, base.in_features)
+        bound = 1 / math.sqrt(base.in_features)  # kaiming_uniform_ with a = sqrt(5), as PEFT does
+        a.uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(a.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., in] -> [..., out]
+        y = self.base(x)
+        if not self.enabled:
+            return y
+        low = F.linear(x, self.lora_A.to(x.dtype))  # [..., r]
+        return y + F.linear(low, self.lora_B.to(x.dtype)) * self.scale
+
+
+def add_lora(model: nn.Module, r: int, alpha: float, seed: int = 0) -> None:
+    """Put a LoRA adapter on every linear layer but the head, in place."""
+    generator = torch.Generator().manual_seed(seed)
+    decoder = backbone(model)
+    linears = [(name, m) for name, m in decoder.named_modules() if isinstance(m, nn.Linear)]
+    if not linears:
+        raise UserError("the model has no nn.Linear layers for LoRA: use --lora_r=0")
+    for name, linear in linears:
+        parent, _, leaf = name.rpartition(".")
+        setattr(decoder.get_submodule(parent), leaf, LoRALinear(linear, r, alpha, generator))
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Adapter layers by module name, in model order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Trainable parameters by name: the adapter's, or all of them in full training."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """The base model: inside, every adapter is skipped. Reference policy and offline scores."""
+    layers = lora_layers(model).values()
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+@contextmanager
+def reference(model: nn.Module, frozen: nn.Module | None = None) -> Iterator[nn.Module]:
+    """The base policy: a frozen copy where full training keeps one, else the adapter switched off."""
+    if frozen is not None:
+        yield frozen
+    else:
+        with adapter_off(model):
+            yield model
+
+
+# ------------------------------------------------------------------------------------- statistics
+
+
+@dataclass
+class TokenStats:
+    """Per response token, float32 [B, R], 0 beyond each response's length.
+
+    logp: log-probability of the token; entropy: H(p), nats; self_certainty: KL(U || p), nats.
+    The last two are None unless asked for.
+    """
+
+    logp: torch.Tensor
+    entropy: torch.Tensor | None = None
+    self_certainty: torch.Tensor | None = None
+
+
+def token_stats(
+    model: nn.Module,
+    tokens: torch.Tensor,
+    prompt_len: torch.Tensor,
+    length: torch.Tensor,
+    temperature: float = 1.0,
+    full: bool = True,
+    chunk: int | None = None,
+) -> TokenStats:
+    """Score response tokens under the model, without ever holding more than a chunk of logits.
+
+    tokens int64 [B, T]: right-padded prompt + response; prompt_len, length int64 [B]: tokens of
+    each. Column j of the result is token prompt_len + j, so it is read from the logits one position
+    earlier. Distributions are softmax(logits / temperature) over all rows of the head, in fp32:
+
+        entropy        H(p)       = logsumexp(z) - sum_v p_v z_v
+        self_certainty KL(U || p) = logsumexp(z) - mean_v z_v - log V    (arXiv 2505.19590, eq. 2)
+
+    full=False computes logp alone (the update). logp is the same to the bit either way, and with or
+    without gradients, which is what makes the first ratio of a step exactly 1. chunk: tokens whose
+    logits are held at once, forward and backward; by default LOGITS_CHUNK / V.
+    """
+    T = int((prompt_len + length).max())
+    R = int(length.max())
+    tokens = tokens[:, :T]
+    # No attention mask: padding stands to the right, where a causal model never looks.
+    hidden = backbone(model)(tokens, use_cache=False).last_hidden_state  # [B, T, H]
+    mask = torch.arange(R, device=tokens.device) < length[:, None]  # [B, R]
+    row, column = mask.nonzero(as_tuple=True)  # [N] each; N response tokens, padding left behind
+    position = prompt_len[row] + column
+    hidden = hidden[row, position - 1]  # [N, H], the states that predict the response
+    target = tokens[row, position]  # [N]
+
+    output = head(model)
+    chunk = chunk or max(1, LOGITS_CHUNK // output.weight.shape[0])
+    parts = []
+    for h, y in zip(hidden.split(chunk), target.split(chunk), strict=True):
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            # The chunk's logits are computed again in backward instead of being kept.
+            part = checkpoint(_chunk_stats, output, h, y, temperature, full, use_reentrant=False)
+        else:
+            part = _chunk_stats(output, h, y, temperature, full)
+        parts.append(part)
+
+    def scatter(values: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:
+        if values[0] is None:
+            return None
+        flat = torch.cat(values)  # [N]
+        return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, flat)
+
+    return TokenStats(*(scatter(values) for values in zip(*parts, strict=True)))
+
+
+def _chunk_stats(
+    output: nn.Module, h: torch.Tensor, y: torch.Tensor, temperature: float, full: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    z = output(h).float()  # [n, V]
+    if temperature != 1.0:
+        z = z / temperature
+    lse = z.logsumexp(-1)  # [n]
+    logp = z.gather(-1, y[:, None])[:, 0] - lse
+    if not full:
+        return logp, None, None
+    with torch.no_grad():
+        entropy = lse - ((z - lse[:, None]).exp() * z).sum(-1)
+        certainty = lse - z.mean(-1) - math.log(z.shape[-1])
+    return logp, entropy, certainty
+
+
+# ---------------------------------------------------------------------------------------- on disk
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict | None = None) -> None:
+    """Write a safetensors file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    tensors = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
+    # save_file reports a full disk as its own exception; bytes are checked by the rename's order.
+    save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
+    os.replace(temporary, path)
+
+
+def save_adapter(model: nn.Module, folder: Path | str, base: str) -> None:
+    """Save the adapter in PEFT's format: adapter_config.json and adapter_model.safetensors."""
+    layers = lora_layers(model)
+    first = next(iter(layers.values()))
+    folder = Path(folder)
+    tensors = {}
+    for name, layer in layers.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A
+        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B
+    save_tensors(tensors, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": first.r,
+        "lora_alpha": first.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+    }
+    temporary = folder / "adapter_config.json.tmp"
+    temporary.write_text(json.dumps(config, indent=1) + "\n")
+    os.replace(temporary, folder / "adapter_config.json")
+
+
+def load_adapter(model: nn.Module, folder: Path | str) -> None:
+    """Add an adapter in PEFT's format to a model that has none.
+
+    Raises UserError if the folder holds no adapter, one of another model, or one with options that
+    a plain LoRA does not have.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder}: no adapter here (adapter_config.json and adapter_model.safetensors)"
+        ) from error
+    except (ValueError, OSError) as error:
+        raise UserError(f"{folder}: the adapter cannot be read: {error}") from error
+    odd = [k for k in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
+           if config.get(k)]  # fmt: skip
+    if config.get("peft_type") != "LORA" or odd:
+        raise UserError(f"{folder}: not a plain LoRA ({', '.join(odd) or config.get('peft_type')})")
+    add_lora(model, int(config["r"]), config["lora_alpha"])
+    for name, layer in lora_layers(model).items():
+        for part in ("lora_A", "lora_B"):
+            value = tensors.pop(f"base_model.model.{name}.{part}.weight", None)
+            parameter = getattr(layer, part)
+            if value is None:  # a layer that this adapter leaves alone
+                parameter.data.zero_()
+            elif value.shape != parameter.shape:
+                raise UserError(
+                    f"{folder}: {name}.{part} is {tuple(value.shape)}, the model wants "
+                    f"{tuple(parameter.shape)}: an adapter of another model?"
+                )
+            else:
+                parameter.data.copy_(value)
+    if tensors:
+        raise UserError(f"{folder}: {next(iter(tensors))} has no place in this model")

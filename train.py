@@ -1,0 +1,540 @@
+"""Train a language model with GRPO on verifiable, spurious or intrinsic rewards, on one GPU.
+
+    python train.py config/random_reward.py                     # the scale that fits this machine
+    python train.py config/random_reward.py config/model/tiny.py --seed=1
+    python train.py --help                                      # every knob
+
+A step: sample -> score -> reward -> advantage -> update x 8 -> log -> eval -> checkpoint.
+
+Departures from the papers ("Spurious Rewards", arXiv 2506.10947, and INTUITOR, 2505.19590):
+ - LoRA on every linear layer but the head, over NF4 weights, where the papers train all weights.
+   Its learning rate is higher in return, chosen by the clip fraction (README, "Learning rate").
+ - The loss is a mean over the tokens of the whole mini-batch (DAPO); the released code of "Spurious
+   Rewards" takes it over a packed micro-batch and then over micro-batches.
+ - Advantages are not whitened over the batch (the released code does, the paper does not say so).
+ - The overnight recipes use smaller batches and shorter responses than the papers'
+   (config/model/qwen2.5_math_1.5b_paper.py has the papers').
+ - Problems of the training set that occur in the eval set are dropped.
+
+What is random in a step is a function of (seed, step), so a resumed run equals an uninterrupted one.
+"""
+
+import copy
+import math
+import resource
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import grade
+import grpo
+import rewards
+import tiny
+from checkpoint import RunFolder, read_config
+from configurator import UserError, configure, format_config, run
+from data import Rollouts, batch_indices, drop_overlap, load_problems, partition, prepare, subset
+from engine import TRAIN_NOISE, Progress, generate
+from eval import check_positions, choose_device, decode, evaluate, save_rows
+from grpo import AdvNorm, Clip, KLType, LossAgg
+from model import (
+    add_lora,
+    end_token_ids,
+    load_model,
+    load_tokenizer,
+    reference,
+    token_stats,
+    trainable,
+)
+
+
+@dataclass
+class Config:
+    """Every knob of a training run; the defaults are the papers', the learning rate excepted."""
+
+    # Model
+    model: str = "Qwen/Qwen2.5-Math-1.5B"  # hub id, local folder, or tiny / tiny_bad
+    quant: Literal["none", "nf4"] = "nf4"  # 4-bit weights through bitsandbytes, or plain ones
+    lora_r: int = 32  # rank of the adapter; 0 trains all weights (quant=none, float32)
+    lora_alpha: int = 64  # the adapter is scaled by alpha / r
+    gradient_checkpointing: bool = True  # recompute activations in backward: less memory, slower
+    # Data
+    train_data: str = "deepscaler"  # deepscaler, math_train, gsm8k, a file, a folder, a hub id, tiny
+    eval_data: str = "math500"  # likewise; its problems are dropped from train_data
+    prompt: str = "qwen_math"  # prompt format: qwen_math, simplerl, none
+    max_prompt_tokens: int = 1024  # longer prompts are dropped, and counted
+    max_new_tokens: int = 3072  # response budget, tokens
+    # Reward
+    reward: str = "ground_truth"  # expression, e.g. random(0.5), format & ~python; see rewards.py
+    truncated: Literal["keep", "mask", "zero"] = "keep"  # cut-off: as any, out of loss, reward 0
+    # Step
+    steps: int = 300  # steps of the run
+    prompts_per_step: int = 64  # prompts sampled a step
+    group_size: int = 16  # responses a prompt
+    updates_per_step: int = 8  # optimiser updates a step, on disjoint shuffled mini-batches
+    temperature: float = 1.0  # of sampling and of scoring alike
+    # Loss
+    adv_norm: AdvNorm = "group"  # group: (r - mean) / std; group_mean: r - mean (Dr. GRPO)
+    clip: Clip = "both"  # which side of the ratio is clipped: both, high, low, off
+    clip_low: float = 0.2  # ratios below 1 - clip_low are clipped
+    clip_high: float = 0.2  # ratios above 1 + clip_high are clipped
+    loss_agg: LossAgg = "token_mean"  # token_mean (DAPO) or seq_mean (GRPO), over the mini-batch
+    kl_coef: float = 0.0  # weight of the KL to the base model in the loss
+    kl_type: KLType = "k3"  # its estimator: k1, k2, k3 (see grpo.kl for what each one's gradient is)
+    # Optimiser: AdamW
+    lr: float = 1e-5  # LoRA wants more than full training's 5e-7: aim at a clip fraction near 1e-3
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # to 0 at the last update
+    warmup: float = 0.0  # share of all updates over which lr rises linearly
+    adam_betas: tuple[float, float] = (0.9, 0.95)  # decay of the moments
+    weight_decay: float = 0.0  # decoupled
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
+    # Memory and machine
+    micro_batch_tokens: int = 8192  # padded prompt + response tokens a forward and backward
+    rollout_rows: int = 128  # rows decoded at once: bounds the KV cache
+    device: str = "auto"  # auto = cuda where there is one, else cpu
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = bfloat16 on cuda, else float32
+    # Eval, logs, checkpoints
+    eval_every: int = 50  # steps between evals; one comes before the first step; 0 = never
+    eval_n: int = 0  # eval problems, the same ones whatever the seed; 0 = all
+    eval_k: int = 1  # samples a problem (avg@k)
+    eval_temperature: float = 0.0  # 0 = greedy
+    log_samples: int = 4  # responses a step in samples.jsonl
+    save_every: int = 25  # steps between checkpoints; the last step has one; 0 = only that
+    seed: int = 0  # of data order, sampling, partition, adapter and random rewards
+    out_dir: str = ""  # run folder; "" = out/EXPERIMENT-SCALE-seedSEED
+    resume: bool = False  # go on from the checkpoint in out_dir
+
+
+# ------------------------------------------------------------------------------ choosing and checking
+
+
+def choose_scale(given: dict) -> tuple[str | dict, str]:
+    """The scale when none is named: the resumed run's own, else what fits this machine."""
+    if given.get("resume") and given.get("out_dir"):
+        return read_config(given["out_dir"]), f"the configuration of {given['out_dir']}"
+    how = "choose by naming one, e.g. config/model/tiny.py"
+    big, small = "config/model/qwen2.5_math_1.5b.py", "config/model/tiny.py"
+    if not torch.cuda.is_available():
+        return small, f"no CUDA here; {how}"
+    memory = torch.cuda.get_device_properties(0).total_memory / 1e9
+    if memory < 20:
+        return small, f"the GPU has {memory:.0f} GB, {big} wants 20; {how}"
+    model = given.get("model", Config.model)
+    if not _within_reach(model):
+        return small, f"{model} is neither on disk nor is a hub within reach; {how}"
+    return big, f"CUDA with {memory:.0f} GB; {how}"
+
+
+def _within_reach(model: str) -> bool:
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if Path(model).is_dir() or isinstance(try_to_load_from_cache(model, "config.json"), str):
+        return True
+    try:
+        HfApi().model_info(model, timeout=5)
+        return True
+    except Exception:  # offline, refused, unknown: whatever the reason, it is not within reach
+        return False
+
+
+def check(cfg: Config) -> list[str]:
+    """Refuse settings that cannot work (UserError); return a warning for each that cannot act."""
+    whole = ("steps", "prompts_per_step", "group_size", "updates_per_step", "max_prompt_tokens",
+             "max_new_tokens", "micro_batch_tokens", "rollout_rows", "eval_k")  # fmt: skip
+    for key in whole:
+        if getattr(cfg, key) < 1:
+            raise UserError(f"{key}={getattr(cfg, key)}: must be at least 1")
+    for key in ("lora_r", "lr", "kl_coef", "clip_low", "clip_high", "weight_decay", "warmup", "seed",
+                "eval_every", "eval_n", "eval_temperature", "save_every", "log_samples"):  # fmt: skip
+        if getattr(cfg, key) < 0:
+            raise UserError(f"{key}={getattr(cfg, key)}: must not be negative")
+    if cfg.temperature <= 0 or cfg.max_grad_norm <= 0 or cfg.warmup > 1:
+        raise UserError("temperature and max_grad_norm must be above 0, warmup a share up to 1")
+    B = cfg.prompts_per_step * cfg.group_size
+    if B < cfg.updates_per_step:
+        raise UserError(f"updates_per_step={cfg.updates_per_step}: a step has only {B} responses")
+    if cfg.lora_r == 0 and cfg.quant != "none":
+        raise UserError("lora_r=0 trains all weights, which 4-bit ones cannot: add --quant=none")
+
+    warnings = []
+    if cfg.group_size == 1:
+        warnings.append("group_size=1: every advantage is 0, so the reward teaches nothing")
+    if cfg.clip != "off" and cfg.updates_per_step == 1:
+        warnings.append(f"clip={cfg.clip} cannot act: with updates_per_step=1 every ratio is 1")
+    if cfg.clip in ("off", "high") and cfg.clip_low != Config.clip_low:
+        warnings.append(f"clip_low={cfg.clip_low} cannot act with clip={cfg.clip}")
+    if cfg.clip in ("off", "low") and cfg.clip_high != Config.clip_high:
+        warnings.append(f"clip_high={cfg.clip_high} cannot act with clip={cfg.clip}")
+    if cfg.kl_coef == 0 and cfg.kl_type != Config.kl_type:
+        warnings.append(f"kl_type={cfg.kl_type} cannot act with kl_coef=0")
+    if cfg.eval_k > 1 and cfg.eval_temperature == 0:
+        warnings.append(f"eval_k={cfg.eval_k} cannot act: greedy samples (eval_temperature=0) agree")
+    if cfg.lr == 0:
+        warnings.append("lr=0: nothing is learned (a null test)")
+    return warnings
+
+
+# ---------------------------------------------------------------------------------------- the step
+
+
+def sample_rollouts(model, tokenizer, items, cfg: Config, step: int) -> Rollouts:
+    """Sample the step's prompts, group_size responses each, under the policy as it stands."""
+    chosen = [items[i] for i in batch_indices(len(items), cfg.prompts_per_step, cfg.seed, step)]
+    B = len(chosen) * cfg.group_size
+    with Progress(B, "  sample", leave=False, disable=not sys.stderr.isatty()) as progress:
+        out = generate(
+            model,
+            [ids for _, ids in chosen],
+            cfg.group_size,
+            cfg.max_new_tokens,
+            end_token_ids(model, tokenizer),
+            (TRAIN_NOISE, cfg.seed, step),
+            cfg.temperature,
+            max_rows=cfg.rollout_rows,
+            progress=progress,
+        )
+    return Rollouts(
+        tokens=out.tokens,
+        prompt_len=out.prompt_len,
+        length=out.length,
+        text=decode(tokenizer, out.tokens, out.prompt_len, out.length),
+        problem=[problem for problem, _ in chosen for _ in range(cfg.group_size)],
+        finished=out.finished,
+        group_size=cfg.group_size,
+        seed=cfg.seed,
+        step=step,
+        sampler_logp=out.sampler_logp,
+    )
+
+
+def forward(model, rollouts: Rollouts, rows: list[int], cfg: Config, full: bool):
+    """Statistics of one micro-batch: the one forward that scoring and update share."""
+    device = next(model.parameters()).device
+    part = (t[rows].to(device) for t in (rollouts.tokens, rollouts.prompt_len, rollouts.length))
+    return token_stats(model, *part, temperature=cfg.temperature, full=full)
+
+
+@torch.no_grad()
+def score(model, base, rollouts: Rollouts, parts, cfg: Config) -> None:
+    """Fill old_logp, entropy, self_certainty and, where there is a base policy, ref_logp.
+
+    On the same micro-batches and by the same forward as the update: in bf16 another batch shape
+    moves ratios by several percent, and the first ratio of a step must be exactly 1.
+    """
+    shape = rollouts.mask.shape
+    names = {"logp": "old_logp", "entropy": "entropy", "self_certainty": "self_certainty"}
+    for name in (*names.values(), *(["ref_logp"] if base else [])):
+        setattr(rollouts, name, torch.zeros(shape))
+    for rows in (rows for mini in parts for rows in mini):
+        stats = forward(model, rollouts, rows, cfg, full=True)
+        for ours, theirs in names.items():
+            values = getattr(stats, ours)
+            getattr(rollouts, theirs)[rows, : values.shape[1]] = values.cpu()
+        if base:
+            with base() as base_model:
+                values = forward(base_model, rollouts, rows, cfg, full=False).logp
+            rollouts.ref_logp[rows, : values.shape[1]] = values.cpu()
+
+
+def update(model, optimizer, rollouts: Rollouts, advantage, parts, cfg: Config, lrs) -> dict:
+    """One pass over the step's mini-batches, an optimiser update each; returns what happened."""
+    in_loss = rollouts.mask
+    if cfg.truncated == "mask":
+        in_loss = in_loss & rollouts.finished[:, None]
+    device = next(model.parameters()).device
+    parameters = list(trainable(model).values())
+    sums: dict[str, float] = {"ratio_max": 0.0}
+    norms = []
+    for mini, lr in zip(parts, lrs, strict=True):
+        rows_in_mini = [row for rows in mini for row in rows]
+        normalizer = grpo.normalizer(in_loss[rows_in_mini], cfg.loss_agg)
+        for rows in mini:
+            logp = forward(model, rollouts, rows, cfg, full=False).logp  # [b, R]
+            R = logp.shape[1]
+            mask = in_loss[rows, :R].to(device)
+            loss, stats = grpo.policy_loss(
+                logp,
+                rollouts.old_logp[rows, :R].to(device),
+                advantage[rows].to(device),
+                mask,
+                normalizer,
+                cfg.clip,
+                cfg.clip_low,
+                cfg.clip_high,
+                cfg.loss_agg,
+            )
+            if cfg.kl_coef > 0:
+                kl = grpo.kl(logp, rollouts.ref_logp[rows, :R].to(device), cfg.kl_type)
+                loss = loss + cfg.kl_coef * grpo.aggregate(kl, mask, cfg.loss_agg, normalizer)
+            loss.backward()
+            sums["ratio_max"] = max(sums["ratio_max"], float(stats.pop("ratio_max")))
+            for name, value in stats.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm))
+        if not math.isfinite(norm):
+            raise UserError(f"the gradient is {norm} at step {rollouts.step}: lower --lr or use "
+                            "--dtype=float32; --resume=True goes on from the last checkpoint")  # fmt: skip
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        norms.append(norm)
+    tokens = max(sums["tokens"], 1.0)
+    return {
+        "clip_frac_low": sums["clip_low"] / tokens,
+        "clip_frac_high": sums["clip_high"] / tokens,
+        "ratio_mean": sums["ratio"] / tokens,
+        "ratio_max": sums["ratio_max"],
+        "grad_norm": float(np.mean(norms)),
+        "lr": lrs[-1],
+    }
+
+
+def learning_rate(cfg: Config, update_index: int) -> float:
+    """The rate of an update, counted from 0 over the whole run."""
+    total = cfg.steps * cfg.updates_per_step
+    warm = cfg.warmup * total
+    if update_index < warm:
+        return cfg.lr * (update_index + 1) / math.ceil(warm)
+    done = (update_index - warm) / max(total - warm, 1)  # in [0, 1)
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return cfg.lr * shape[cfg.lr_schedule]
+
+
+def describe(r: Rollouts, reward: torch.Tensor) -> dict:
+    """The step's metrics that the rollouts alone decide, before any update."""
+    tokens = r.length.sum().item()
+    groups = reward.view(-1, r.group_size)
+    correct = torch.tensor(grade.correct(r.text, [p.answer for p in r.problem]))
+    gap = (r.sampler_logp - r.old_logp).abs()
+    metrics = {
+        "reward": reward.mean().item(),
+        "reward_std": groups.std(1).mean().item() if r.group_size > 1 else 0.0,
+        "flat_groups": grpo.flat_groups(reward, r.group_size).float().mean().item(),
+        "accuracy": correct.float().mean().item(),
+        "code_frequency": rewards.parse("python")(r).mean().item(),
+        "boxed": rewards.parse("format")(r).mean().item(),
+        "length": r.length.float().mean().item(),
+        "truncated": 1 - r.finished.float().mean().item(),
+        "entropy": r.entropy.sum().item() / tokens,
+        "self_certainty": rewards.parse("self_certainty")(r).mean().item(),
+        "kl": None if r.ref_logp is None
+        else grpo.kl(r.old_logp, r.ref_logp)[r.mask].mean().item(),
+        "sampler_gap": gap.sum().item() / tokens,
+        "sampler_gap_max": gap.max().item(),
+        "grader_timeouts": grade.grader().timeouts,
+    }  # fmt: skip
+    return metrics
+
+
+def worst_case(model, cfg: Config) -> str:
+    """Forward and backward of the largest micro-batch a step can hold; says the peak memory.
+
+    Memory then fails here, before anything is spent, or never.
+    """
+    T = cfg.max_prompt_tokens + cfg.max_new_tokens
+    per_update = math.ceil(cfg.prompts_per_step * cfg.group_size / cfg.updates_per_step)
+    b = max(1, min(cfg.micro_batch_tokens // T, per_update))
+    device = next(model.parameters()).device
+    tokens = torch.zeros(b, T, dtype=torch.int64, device=device)
+    lengths = [torch.full((b,), n, device=device) for n in (cfg.max_prompt_tokens, cfg.max_new_tokens)]
+    try:
+        token_stats(model, tokens, *lengths, cfg.temperature, full=False).logp.sum().backward()
+    except torch.cuda.OutOfMemoryError as error:
+        raise UserError(
+            f"out of GPU memory on the largest micro-batch ({b} x {T} tokens): lower "
+            "--micro_batch_tokens or --max_new_tokens, or use --quant=nf4"
+        ) from error
+    model.zero_grad()
+    return f"largest micro-batch: {b} x {T} tokens, peak memory {peak_memory():.2f} GB"
+
+
+def peak_memory() -> float:
+    """GB at most in use so far: the GPU's where there is one, else the process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    scale = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9
+
+
+# ----------------------------------------------------------------------------------------- the run
+
+
+def train(cfg: Config) -> list[dict]:
+    """Run (or go on with) a training run in cfg.out_dir; returns its metrics, one dict a step."""
+    for warning in check(cfg):
+        print(f"warning: {warning}")
+    reward_fn = rewards.parse(cfg.reward)
+    device, dtype = choose_device(cfg.device, cfg.dtype)
+    if cfg.lora_r == 0 and dtype != torch.float32:
+        raise UserError("lora_r=0 in bfloat16 loses small updates to rounding: --dtype=float32")
+
+    # Data before weights: its mistakes show at once.
+    name = tiny.resolve(cfg.model)
+    tokenizer = load_tokenizer(name)
+    held_out = subset(load_problems(tiny.resolve(cfg.eval_data), "test"), cfg.eval_n)
+    problems = load_problems(tiny.resolve(cfg.train_data), "train")
+    problems, overlap = drop_overlap(problems, held_out)
+    items, too_long = prepare(problems, cfg.prompt, tokenizer, cfg.max_prompt_tokens)
+    eval_items, eval_long = prepare(held_out, cfg.prompt, tokenizer, cfg.max_prompt_tokens)
+    print(f"train: {len(items)} problems ({overlap} dropped as eval problems, {too_long} as too long)"
+          f"; eval: {len(eval_items)} ({eval_long} too long)")  # fmt: skip
+
+    model = load_model(name, cfg.quant, dtype, device)
+    check_positions(model, cfg.max_prompt_tokens, cfg.max_new_tokens)
+    folder = RunFolder(Path(cfg.out_dir), asdict(cfg), cfg.resume)
+    frozen = None
+    if cfg.lora_r:
+        add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.seed)
+    else:
+        frozen = copy.deepcopy(model) if cfg.kl_coef > 0 else None
+        model.requires_grad_(True)
+    # Full training keeps no copy of the base unless the loss needs one; kl is then logged as null.
+    base = partial(reference, model, frozen) if cfg.lora_r or frozen else None
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(
+        trainable(model).values(), cfg.lr, cfg.adam_betas, weight_decay=cfg.weight_decay
+    )
+    n_trainable = sum(p.numel() for p in trainable(model).values())
+    print(f"{n_trainable:,} trainable parameters; {worst_case(model, cfg)}")
+
+    first, history = 1, []
+    if cfg.resume:
+        first = folder.load_state(model, optimizer) + 1
+        history = folder.truncate_logs(first - 1)
+        print(f"resumed after step {first - 1}")
+
+    def run_eval(step: int) -> dict:
+        summary, rows = evaluate(
+            model, tokenizer, eval_items, cfg.eval_k, cfg.eval_temperature, cfg.max_new_tokens,
+            rollout_rows=cfg.rollout_rows, desc=f"eval at step {step}",
+        )  # fmt: skip
+        save_rows(rows, folder.folder / "eval" / f"step_{step:05d}.jsonl")
+        return {f"eval_{key}": value for key, value in summary.items()}
+
+    def log(metrics: dict) -> None:
+        history.append(metrics)
+        folder.log("metrics.jsonl", [metrics])
+
+    if first == 1 and cfg.eval_every:
+        log({"step": 0, **run_eval(0)})
+    stop = _StopOnCtrlC()
+    bar = tqdm(range(first, cfg.steps + 1), desc=cfg.reward, initial=first - 1, total=cfg.steps)
+    for step in bar:
+        t0 = time.perf_counter()
+        rollouts = sample_rollouts(model, tokenizer, items, cfg, step)
+        t1 = time.perf_counter()
+        total_len = (rollouts.prompt_len + rollouts.length).tolist()
+        parts = partition(total_len, cfg.updates_per_step, cfg.micro_batch_tokens, cfg.seed, step)
+        score(model, base, rollouts, parts, cfg)
+        t2 = time.perf_counter()
+        reward = reward_fn(rollouts)  # [B]
+        if cfg.truncated == "zero":
+            reward = reward * rollouts.finished
+        advantage = grpo.advantages(reward, cfg.group_size, cfg.adv_norm)
+        metrics = {"step": step, **describe(rollouts, reward)}
+        t3 = time.perf_counter()
+        done = (step - 1) * cfg.updates_per_step
+        lrs = [learning_rate(cfg, done + i) for i in range(cfg.updates_per_step)]
+        metrics |= update(model, optimizer, rollouts, advantage, parts, cfg, lrs)
+        t4 = time.perf_counter()
+        metrics |= {
+            "tokens_per_s": rollouts.length.sum().item() / (t1 - t0),
+            "seconds": t4 - t0,
+            "seconds_sample": t1 - t0,
+            "seconds_score": t2 - t1,
+            "seconds_reward": t3 - t2,
+            "seconds_update": t4 - t3,
+            "peak_memory_gb": peak_memory(),
+        }
+        last = step == cfg.steps or stop.asked
+        if cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps):
+            metrics |= run_eval(step)
+        log(metrics)
+        folder.log("samples.jsonl", sample_log(rollouts, reward, advantage, cfg.log_samples))
+        if last or (cfg.save_every and step % cfg.save_every == 0):
+            folder.save_state(model, optimizer, step)
+        clipped = metrics["clip_frac_low"] + metrics["clip_frac_high"]
+        bar.set_postfix_str(
+            f"reward {metrics['reward']:.3f} acc {metrics['accuracy']:.3f} clip {clipped:.1e} "
+            f"code {metrics['code_frequency']:.3f} {metrics['tokens_per_s']:,.0f} tok/s"
+        )
+        if stop.asked and step < cfg.steps:
+            bar.close()
+            folder.close()
+            print(f"stopped after step {step}, saved: --resume=True goes on")
+            raise KeyboardInterrupt
+    folder.close()
+    summary_table(history, cfg)
+    return history
+
+
+class _StopOnCtrlC:
+    """The first Ctrl-C asks the loop to stop, and to save, after its step; the second is at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._ask)
+
+    def _ask(self, *_) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        tqdm.write("stopping after this step; Ctrl-C again stops at once, without saving it")
+
+
+def sample_log(r: Rollouts, reward: torch.Tensor, advantage: torch.Tensor, n: int) -> list[dict]:
+    """n responses of the step, evenly spread over its rows."""
+    rows = np.linspace(0, len(r.text) - 1, min(n, len(r.text))).round().astype(int).tolist()
+    return [
+        {
+            "step": r.step,
+            "row": i,
+            "problem": r.problem[i].problem,
+            "answer": r.problem[i].answer,
+            "response": r.text[i],
+            "reward": reward[i].item(),
+            "advantage": advantage[i].item(),
+            "correct": bool(grade.correct([r.text[i]], [r.problem[i].answer])[0]),
+        }
+        for i in rows
+    ]
+
+
+def summary_table(history: list[dict], cfg: Config) -> None:
+    """Print where the run began and ended."""
+    steps = [m for m in history if "reward" in m]
+    evals = [m for m in history if "eval_accuracy" in m]
+    print(f"\n{'':<24}{'first':>10}{'last':>10}")
+    columns = [("eval_accuracy", evals), ("eval_stderr", evals), ("eval_code_frequency", evals)]
+    columns += [(key, steps) for key in ("reward", "accuracy", "code_frequency", "boxed", "length",
+                                         "entropy", "clip_frac_low", "clip_frac_high", "kl")]  # fmt: skip
+    for key, rows in columns:
+        if rows and rows[0].get(key) is not None and rows[-1].get(key) is not None:
+            print(f"{key:<24}{rows[0][key]:>10.4f}{rows[-1][key]:>10.4f}")
+    seconds = sum(m["seconds"] for m in steps)
+    print(f"{len(steps)} steps, {seconds / 60:.1f} min; run folder {cfg.out_dir}")
+    print(f"look at it: python -m tools.plot {cfg.out_dir}   python sample.py --run={cfg.out_dir}")
+
+
+def main(argv: list[str]) -> None:
+    cfg, sources = configure(Config, argv, choose_scale)
+    print(f"scale: {sources.scale} ({sources.reason})" if sources.reason else f"scale: {sources.scale}")
+    if not cfg.out_dir:
+        experiment = "-".join(sources.experiments) or "train"
+        cfg.out_dir = f"out/{experiment}-{sources.scale}-seed{cfg.seed}"
+    print(format_config(cfg, sources))
+    train(cfg)
+
+
+if __name__ == "__main__":
+    run(main)
