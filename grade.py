@@ -87,7 +87,7 @@ def lenient_answer(text: str) -> str | None:
             return box
     phrases = list(re.finditer(r"(?i)answer(?: is|:)|####", text))
     if phrases:
-        line = text[phrases[-1].end() :].lstrip(" :*").split("\n", 1)[0].strip(" *")
+        line = text[phrases[-1].end() :].lstrip(" :*").split("\n", 1)[0].rstrip(" *.")
         if line:
             return line
     numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+", text)
@@ -410,6 +410,8 @@ def _confirmed(a, b) -> bool:
     if not (isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr)):
         return True
     names = sorted(symbol.name for symbol in a.free_symbols | b.free_symbols)
+    if proportional and not names:
+        return False  # 0.56 = 6% is not an equation but a statement
 
     def at(expression, point: int):
         exact = {f: sympy.Rational(str(f)) for f in expression.atoms(sympy.Float)}
@@ -641,6 +643,9 @@ def _work(timeout: float) -> None:
             status = os.waitpid(pid, 0)[1]
             pid, reply = 0, "timeout" if os.WTERMSIG(status) == signal.SIGPROF else "crash"
         print(reply, flush=True)
+    if pid:  # stdin is at its end: the child sees its own end and leaves
+        channel.close()
+        os.waitpid(pid, 0)
 
 
 def _fork(timeout: float) -> tuple[int, io.TextIOWrapper]:

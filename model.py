@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -201,6 +201,16 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def checkpoint_activations(model: nn.Module) -> None:
+    """Recompute each layer in backward instead of keeping its activations (gradient checkpointing).
+
+    Non-reentrant, so that it works although the embeddings need no gradient.
+    """
+    # transformers renamed it; the releases we run on have one or the other.
+    old = "gradient_checkpointing_enable"
+    getattr(model, "activation_checkpointing_enable", getattr(model, old))({"use_reentrant": False})
+
+
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
     """The base model: inside, every adapter is skipped. Reference policy and offline scores."""
@@ -255,7 +265,7 @@ def token_stats(
     each. Column j of the result is token prompt_len + j, so it is read from the logits one position
     earlier. Distributions are softmax(logits / temperature) over all rows of the head, in fp32:
 
-        entropy        H(p)       = logsumexp(z) - sum_v p_v z_v
+        entropy        H(p)       = -sum_v p_v log p_v       with log p = z - logsumexp(z)
         self_certainty KL(U || p) = logsumexp(z) - mean_v z_v - log V    (arXiv 2505.19590, eq. 2)
 
     full=False computes logp alone (the update). logp is the same to the bit either way, and with or
@@ -304,7 +314,8 @@ def _chunk_stats(
     if not full:
         return logp, None, None
     with torch.no_grad():
-        entropy = lse - ((z - lse[:, None]).exp() * z).sum(-1)
+        log_p = z - lse[:, None]
+        entropy = -(log_p.exp() * log_p).sum(-1)  # lse - sum p z would cancel where H is small
         certainty = lse - z.mean(-1) - math.log(z.shape[-1])
     return logp, entropy, certainty
 
@@ -363,7 +374,7 @@ def load_adapter(model: nn.Module, folder: Path | str) -> None:
         raise UserError(
             f"{folder}: no adapter here (adapter_config.json and adapter_model.safetensors)"
         ) from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         raise UserError(f"{folder}: the adapter cannot be read: {error}") from error
     odd = [k for k in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
            if config.get(k)]  # fmt: skip

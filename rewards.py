@@ -64,10 +64,10 @@ def reward(
     needs: tuple[str, ...] = (),
     bounds: dict[str, tuple[float, float]] | None = None,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Register the decorated function under its own name (without a trailing underscore)."""
+    """Register the decorated function under its own name."""
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        name = function.__name__.rstrip("_")
+        name = function.__name__
         if name in REGISTRY:
             raise ValueError(f"two rewards are called {name}")
         REGISTRY[name] = Entry(function, formula, source, needs, bounds or {})
@@ -89,7 +89,7 @@ def ground_truth(rollouts) -> Tensor:
 
 
 @reward(formula=r"1 if the response's last \boxed{} is not empty", source="SR 2506.10947")
-def format_(rollouts) -> Tensor:
+def format(rollouts) -> Tensor:
     return _float(grade.last_boxed(text) is not None for text in rollouts.text)
 
 
@@ -158,7 +158,8 @@ class Reward:
         """Raises UserError where a needed field is missing or `&`, `~` meet other than 0 and 1."""
         for field in self.needs:
             if getattr(rollouts, field, None) is None:
-                raise UserError(f"reward {self.expression!r} needs {field}, which is not there")
+                lacks = f"needs {field}, which only rollouts scored by a model have"
+                raise UserError(f"reward {self.expression!r} {lacks}")
         return self.compute(rollouts)
 
     def __str__(self) -> str:
@@ -169,8 +170,8 @@ def parse(expression: str) -> Reward:
     """The reward an expression stands for. Raises UserError, naming what is wrong in it."""
     short = expression if len(expression) <= 80 else expression[:77] + "..."
     try:
-        if len(expression) > 1000:
-            raise ValueError("longer than 1000 characters")
+        if len(expression) > 500:  # so nothing in it is nested deeper than Python's stack
+            raise ValueError("longer than 500 characters")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python's own, on such things as 0.5format
             body = ast.parse(expression.strip(), mode="eval").body
@@ -316,9 +317,11 @@ class ScoreConfig:
 
 
 def read_completions(path: str) -> tuple[SimpleNamespace, list[bool] | None]:
-    """(rollouts without model fields, the `correct` column or None) of a .jsonl of completions."""
-    text: list[str] = []
-    problem, groups, samples, label = [], [], [], []
+    """(rollouts without a model's fields, the `correct` column or None) of a .jsonl of completions.
+
+    Raises UserError naming the line that is no such row.
+    """
+    text, problem, prompt_index, sample_index, marks = [], [], [], [], []
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -328,33 +331,33 @@ def read_completions(path: str) -> tuple[SimpleNamespace, list[bool] | None]:
             continue
         try:
             row = json.loads(line)
-            completions, marks = row["completions"], row.get("correct")
+            texts = row["completions"]
+            correct = row.get("correct") or [None] * len(texts)
             entry = SimpleNamespace(problem=str(row["problem"]), answer=str(row["answer"]))
-            if not (isinstance(completions, list) and all(isinstance(c, str) for c in completions)):
+            if not (isinstance(texts, list) and all(isinstance(t, str) for t in texts)):
                 raise TypeError("completions is no list of texts")
-            if marks is not None and len(marks) != len(completions):
+            if len(correct) != len(texts):
                 raise TypeError("correct and completions differ in length")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(
-                f"{path}:{number}: not a row with problem, answer and completions: {error}"
-            ) from None
-        text += completions
-        problem += [entry] * len(completions)
-        groups += [len(set(groups))] * len(completions)
-        samples += range(len(completions))
-        label += [None] * len(completions) if marks is None else map(bool, marks)
+            wants = "not a row with problem, answer and completions"
+            raise UserError(f"{path}:{number}: {wants}: {error}") from None
+        text += texts
+        problem += [entry] * len(texts)
+        prompt_index += [number - 1] * len(texts)
+        sample_index += range(len(texts))
+        marks += correct
     if not text:
         raise UserError(f"{path}: holds no completions")
     rollouts = SimpleNamespace(
         text=text,
         problem=problem,
-        group_size=max(samples) + 1,
+        group_size=max(sample_index) + 1,
         seed=0,
         step=0,
-        prompt_index=torch.tensor(groups),
-        sample_index=torch.tensor(samples),
+        prompt_index=torch.tensor(prompt_index),
+        sample_index=torch.tensor(sample_index),
     )
-    return rollouts, None if None in label else label
+    return rollouts, None if None in marks else [bool(mark) for mark in marks]
 
 
 def main(argv: list[str]) -> None:

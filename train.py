@@ -47,6 +47,7 @@ from eval import check_positions, choose_device, decode, evaluate, save_rows
 from grpo import AdvNorm, Clip, KLType, LossAgg
 from model import (
     add_lora,
+    checkpoint_activations,
     end_token_ids,
     load_model,
     load_tokenizer,
@@ -400,7 +401,7 @@ def train(cfg: Config) -> list[dict]:
     # Full training keeps no copy of the base unless the loss needs one; kl is then logged as null.
     base = partial(reference, model, frozen) if cfg.lora_r or frozen else None
     if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     optimizer = torch.optim.AdamW(
         trainable(model).values(), cfg.lr, cfg.adam_betas, weight_decay=cfg.weight_decay
     )

@@ -1,0 +1,70 @@
+"""Small random models of the supported shapes, shared material, and what a GPU test needs."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a hub
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs CUDA: make test-gpu"))
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of reference material beside the checkout, or a skip that says so."""
+    if not SHARED.exists():
+        pytest.skip("needs ../shared, which is not here")
+    return SHARED
+
+
+def small_config(family: str, **changes):
+    """A two-layer config of a supported family, with grouped-query attention."""
+    from transformers import LlamaConfig, Olmo2Config, Qwen2Config
+
+    cls = {"qwen2": Qwen2Config, "llama": LlamaConfig, "olmo2": Olmo2Config}[family]
+    values = dict(
+        vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+        tie_word_embeddings=family == "qwen2", bos_token_id=None, eos_token_id=3, pad_token_id=3,
+    )  # fmt: skip
+    return cls(**{**values, **changes})
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory):
+    """Folders of random models by family; weights large enough for logits that differ."""
+    from transformers import AutoModelForCausalLM
+
+    folders = {}
+    for i, family in enumerate(("qwen2", "llama", "olmo2")):
+        torch.manual_seed(i)
+        model = AutoModelForCausalLM.from_config(small_config(family, initializer_range=0.15))
+        folders[family] = tmp_path_factory.mktemp(family)
+        model.save_pretrained(folders[family])
+    return {family: str(folder) for family, folder in folders.items()}
+
+
+@pytest.fixture(scope="session")
+def tiny_random(tmp_path_factory):
+    """The tiny world with an untrained base model: its format and its data, in no time."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("tiny") / "world"
+    tiny.build("tiny", folder, steps=1)
+    return str(folder)
+
+
+def batch(generator_seed: int, n: int = 5, prompt: int = 9, response: int = 14, vocab: int = 97):
+    """A right-padded batch of random tokens: tokens [n, T], prompt_len [n], length [n]."""
+    g = torch.Generator().manual_seed(generator_seed)
+    prompt_len = torch.randint(1, prompt + 1, (n,), generator=g)
+    length = torch.randint(1, response + 1, (n,), generator=g)
+    tokens = torch.randint(4, vocab, (n, int((prompt_len + length).max())), generator=g)
+    return tokens, prompt_len, length

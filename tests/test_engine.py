@@ -1,0 +1,159 @@
+"""engine.py against transformers' generate, and the sampler against the policy's distribution."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from engine import TRAIN_NOISE, generate, sample, uniforms
+from model import (
+    add_lora,
+    checkpoint_activations,
+    load_model,
+    load_tokenizer,
+    lora_layers,
+    token_stats,
+    trainable,
+)
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [20], [30, 31, 32, 33]]
+NOISE = (TRAIN_NOISE, 0, 1)
+
+
+def reference_greedy(model, prompt, n, end):
+    out = model.generate(
+        torch.tensor([prompt]), max_new_tokens=n, do_sample=False, eos_token_id=end, pad_token_id=0
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+def responses(g):
+    rows = zip(g.tokens.tolist(), g.prompt_len.tolist(), g.length.tolist(), strict=True)
+    return [row[p : p + n] for row, p, n in rows]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "olmo2"])
+def test_greedy_equals_generate(model_folders, family):
+    """Token for token in fp32, prompts of different lengths, end tokens that really end some."""
+    model = load_model(model_folders[family])
+    plain = AutoModelForCausalLM.from_pretrained(model_folders[family])
+    free = [reference_greedy(plain, p, 150, None) for p in PROMPTS]
+    end = [free[0][3], free[1][40]]  # so rows end early, at different steps, and at two tokens
+    expected = [reference_greedy(plain, p, 150, end) for p in PROMPTS]
+    assert len({len(e) for e in expected}) > 1
+    g = generate(model, PROMPTS, 1, 150, end, NOISE, temperature=0)  # past one growth of the cache
+    assert responses(g) == expected
+    assert g.finished.tolist() == [e[-1] in end for e in expected]
+
+
+def test_greedy_equals_generate_on_a_real_model(shared):
+    folder = str(shared / "models" / "stories260K")
+    tokenizer = load_tokenizer(folder)
+    texts = ["Once upon a time", "Lily", "The big dog ran to the park and saw a", "Tom said"]
+    prompts = [tokenizer(t)["input_ids"] for t in texts]
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    g = generate(load_model(folder), prompts, 2, 200, [2], NOISE, temperature=0)
+    expected = [reference_greedy(plain, p, 200, 2) for p in prompts for _ in range(2)]
+    assert responses(g) == expected
+
+
+def test_a_group_is_prefilled_once(model_folders):
+    model = load_model(model_folders["qwen2"])
+    seen = []
+    model.model.embed_tokens.register_forward_hook(lambda m, i, o: seen.append(tuple(i[0].shape)))
+    generate(model, PROMPTS, 6, 3, [-1], NOISE)
+    assert seen == [(4, 7), (24, 1), (24, 1)]
+
+
+def test_ended_rows_cost_nothing(model_folders):
+    """Tokens decoded are about those kept, not rows x longest."""
+    model = load_model(model_folders["qwen2"])
+    rows = []
+    model.model.embed_tokens.register_forward_hook(lambda m, i, o: rows.append(i[0].shape[0]))
+    g = generate(model, PROMPTS, 64, 60, [3, 7, 11, 19, 23, 41], NOISE)
+    kept, box = int(g.length.sum()), len(g.length) * int(g.length.max())
+    decoded = sum(rows[1:])
+    assert kept < 0.6 * box and decoded < 1.15 * kept
+
+
+def test_samples_do_not_depend_on_batch_group_or_budget(model_folders):
+    model = load_model(model_folders["llama"])
+    end = [3, 7, 11]
+    whole = responses(generate(model, PROMPTS, 8, 40, end, NOISE))
+    assert responses(generate(model, PROMPTS, 8, 40, end, NOISE, max_rows=5)) == whole
+    shorter = responses(generate(model, PROMPTS, 3, 25, end, NOISE))
+    assert shorter == [whole[p * 8 + s][:25] for p in range(4) for s in range(3)]
+    assert responses(generate(model, PROMPTS, 8, 40, end, (TRAIN_NOISE, 0, 2))) != whole
+    assert len({tuple(r) for r in whole[:8]}) == 8
+
+
+def test_sampler_logp_is_the_scored_one(model_folders):
+    """In fp32 they differ by rounding alone: the sampled distribution is the scored one."""
+    for temperature in (1.0, 0.6):
+        model = load_model(model_folders["olmo2"])
+        g = generate(model, PROMPTS, 8, 40, [3, 7], NOISE, temperature)
+        scored = token_stats(model, g.tokens, g.prompt_len, g.length, temperature).logp
+        assert scored.shape == g.sampler_logp.shape
+        assert torch.allclose(scored, g.sampler_logp, atol=2e-5)
+        wrong = token_stats(model, g.tokens, g.prompt_len, g.length, temperature + 0.1).logp
+        assert (wrong - g.sampler_logp).abs().max() > 0.01
+
+
+def test_sample_follows_the_distribution():
+    """Chi-square over 50k draws, a token of probability 0 and the unseen tail included."""
+    chisquare = pytest.importorskip("scipy.stats").chisquare
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -float("inf"), 0.5, -3.0])
+    u = torch.rand(50_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for temperature in (1.0, 0.5):
+        token, logp = sample(logits.expand(50_000, -1), u, temperature)
+        p = (logits.double() / temperature).softmax(0)
+        counts = torch.bincount(token, minlength=7)
+        assert counts[4] == 0
+        seen = p > 0
+        assert chisquare(counts[seen].numpy(), (p[seen] * 50_000).numpy()).pvalue > 1e-3
+        assert torch.allclose(logp.double(), p.log()[token], atol=1e-6)
+
+
+def test_extreme_uniforms_never_pick_an_impossible_token():
+    logits = torch.tensor([[-float("inf"), 0.0, -float("inf"), 0.0, -float("inf")]])
+    for u, expected in ((0.0, 1), (0.5, 3), (1 - 2**-53, 3)):
+        assert sample(logits, torch.tensor([u], dtype=torch.float64))[0].item() == expected
+
+
+def test_top_p_and_top_k_keep_the_likeliest():
+    p = torch.tensor([[0.4, 0.05, 0.3, 0.25]])
+    u = torch.linspace(0, 0.9999, 400, dtype=torch.float64)
+    draw = lambda **k: set(sample(p.log().expand(400, -1), u, **k)[0].tolist())  # noqa: E731
+    assert draw() == {0, 1, 2, 3}
+    assert draw(top_k=2) == {0, 2}
+    assert draw(top_p=0.39) == {0} and draw(top_p=0.69) == {0, 2} and draw(top_p=0.9) == {0, 2, 3}
+
+
+def test_uniforms_are_a_function_of_their_key():
+    a = uniforms((1, 2), 3, 4, 10)
+    assert (uniforms((1, 2), 3, 4, 20)[:10] == a).all()
+    others = [uniforms(k, p, s, 10) for k, p, s in [((1, 3), 3, 4), ((1, 2), 4, 4), ((1, 2), 3, 5)]]
+    assert all((a != b).all() for b in others)
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_gradients_survive_a_rollout_and_checkpointing_survives_it_too(model_folders, quant):
+    """bitsandbytes may repack weights in eval mode; checkpointing would turn the cache off."""
+    model = load_model(model_folders["qwen2"], quant)
+    add_lora(model, 4, 8)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.3)
+    plain = responses(generate(model, PROMPTS, 4, 30, [3], NOISE))
+    before = gradient(model)
+    checkpoint_activations(model)
+    assert responses(generate(model, PROMPTS, 4, 30, [3], NOISE)) == plain
+    assert model.model.layers[0].gradient_checkpointing and model.training
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(gradient(model), before)
+
+
+def gradient(model):
+    from conftest import batch
+
+    model.zero_grad()
+    token_stats(model, *batch(3), full=False).logp.sum().backward()
+    return torch.cat([p.grad.flatten() for p in trainable(model).values()])

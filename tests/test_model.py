@@ -1,0 +1,248 @@
+"""model.py against transformers, PEFT and float64 distributions."""
+
+import math
+
+import pytest
+import torch
+from conftest import batch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from configurator import UserError
+from model import (
+    add_lora,
+    checkpoint_activations,
+    end_token_ids,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    lora_layers,
+    reference,
+    save_adapter,
+    token_stats,
+    trainable,
+)
+
+FAMILIES = ("qwen2", "llama", "olmo2")
+QUANTS = [("none", torch.float32), ("none", torch.bfloat16), ("nf4", torch.float32), ("nf4", torch.bfloat16)]
+
+
+def with_adapter(folder, quant="none", dtype=torch.float32, r=4):
+    """A model whose adapter does something (B is not zero)."""
+    model = load_model(folder, quant, dtype)
+    add_lora(model, r, 8, seed=1)
+    g = torch.Generator().manual_seed(2)
+    for layer in lora_layers(model).values():
+        layer.lora_B.data.normal_(0, 0.3, generator=g)
+    return model
+
+
+# ------------------------------------------------------------------------------------- statistics
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_stats_equal_float64_distributions_of_transformers_logits(model_folders, family, temperature):
+    """Every token, the first one and the last included; read one position earlier than it stands."""
+    model = load_model(model_folders[family])
+    tokens, prompt_len, length = batch(0)
+    stats = token_stats(model, tokens, prompt_len, length, temperature)
+    plain = AutoModelForCausalLM.from_pretrained(model_folders[family])
+    for i in range(len(tokens)):
+        p, n = int(prompt_len[i]), int(length[i])
+        with torch.no_grad():
+            logits = plain(tokens[i : i + 1, : p + n]).logits[0].double() / temperature
+        d = torch.distributions.Categorical(logits=logits[p - 1 : p + n - 1])
+        uniform = torch.full((97,), 1 / 97, dtype=torch.float64)
+        kl = (uniform * (uniform.log() - d.logits)).sum(-1)
+        for ours, exact in (
+            (stats.logp, d.log_prob(tokens[i, p : p + n])),
+            (stats.entropy, d.entropy()),
+            (stats.self_certainty, kl),
+        ):
+            assert torch.allclose(ours[i, :n].double(), exact, rtol=1e-5, atol=1e-5)
+            assert (ours[i, n:] == 0).all()
+
+
+def test_real_model_at_every_token(shared):
+    folder = str(shared / "models" / "stories260K")
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer("Once upon a time, there was a little dog named Tim.")["input_ids"] + [2]
+    model = load_model(folder)
+    tokens, one = torch.tensor([ids]), torch.tensor([1])
+    stats = token_stats(model, tokens, one, torch.tensor([len(ids) - 1]))
+    logits = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits[0, :-1].double()
+    d = torch.distributions.Categorical(logits=logits)
+    assert torch.allclose(stats.logp[0].double(), d.log_prob(tokens[0, 1:]), rtol=1e-5, atol=1e-5)
+    assert torch.allclose(stats.entropy[0].double(), d.entropy(), rtol=1e-5, atol=1e-5)
+    certainty = -d.logits.mean(-1) - math.log(512)
+    assert torch.allclose(stats.self_certainty[0].double(), certainty, rtol=1e-5, atol=1e-5)
+    assert stats.logp.mean() > -3  # it is the text the model was trained on, not shifted by one
+
+
+def test_chunk_changes_nothing_forward_or_backward(model_folders):
+    model = with_adapter(model_folders["qwen2"])
+    args = batch(1)
+    results = []
+    for chunk in (1, 5, 10_000):
+        model.zero_grad()
+        stats = token_stats(model, *args, chunk=chunk)
+        (stats.logp * torch.arange(1, stats.logp.shape[1] + 1)).sum().backward()
+        grads = torch.cat([p.grad.flatten() for p in trainable(model).values()])
+        results.append((stats.logp.detach(), stats.entropy, stats.self_certainty, grads))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.allclose(a, b, rtol=0, atol=1e-6 * max(1.0, float(a.abs().max())))
+
+
+def test_no_more_than_a_chunk_of_logits_is_held(model_folders):
+    """The largest tensor the head makes, forward and backward (where chunks are recomputed)."""
+    model = with_adapter(model_folders["llama"])
+    sizes = []
+    model.lm_head.register_forward_hook(lambda m, i, out: sizes.append(out.shape[0]))
+    tokens, prompt_len, length = batch(2, n=8)
+    logp = token_stats(model, tokens, prompt_len, length, chunk=7, full=False).logp
+    forward = len(sizes)
+    logp.sum().backward()
+    assert max(sizes) == 7 and sum(sizes[:forward]) == length.sum()
+    assert len(sizes) == 2 * forward  # once each way: nothing was kept, no padding was multiplied
+
+
+@pytest.mark.parametrize("quant,dtype", QUANTS)
+def test_scoring_and_update_give_the_same_bits(model_folders, quant, dtype):
+    """With and without gradients, checkpointing and full statistics: else a first ratio is not 1."""
+    model = with_adapter(model_folders["qwen2"], quant, dtype)
+    args = batch(3, n=6)
+    with torch.no_grad():
+        scored = token_stats(model, *args).logp
+    plain = token_stats(model, *args, full=False).logp
+    checkpoint_activations(model)
+    checkpointed = token_stats(model, *args, full=False).logp
+    assert torch.equal(scored, plain) and torch.equal(scored, checkpointed)
+    checkpointed.sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in trainable(model).values())
+
+
+def test_gradient_checkpointing_changes_no_gradient(model_folders):
+    grads = []
+    for on in (False, True):
+        model = with_adapter(model_folders["olmo2"])
+        if on:
+            checkpoint_activations(model)
+        token_stats(model, *batch(4), full=False).logp.sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in trainable(model).values()]))
+    assert torch.equal(*grads)
+
+
+# ------------------------------------------------------------------------------------------- LoRA
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_is_on_every_linear_layer_but_the_head_and_alone_has_gradients(model_folders, family):
+    model = load_model(model_folders[family])
+    before = token_stats(model, *batch(5)).logp
+    add_lora(model, 4, 8)
+    assert {n.rpartition(".")[2] for n in lora_layers(model)} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+    }  # fmt: skip
+    assert len(lora_layers(model)) == 2 * 7
+    assert all(n.endswith(("lora_A", "lora_B")) for n in trainable(model))
+    assert torch.equal(before, token_stats(model, *batch(5)).logp)  # B = 0: the identity
+
+
+def test_adapter_off_is_the_base_model(model_folders):
+    base = token_stats(load_model(model_folders["llama"]), *batch(6)).logp
+    model = with_adapter(model_folders["llama"])
+    with reference(model) as off:
+        assert torch.equal(token_stats(off, *batch(6)).logp, base)
+    assert (token_stats(model, *batch(6)).logp - base).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_loads_our_adapter_and_we_load_its(model_folders, family, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = with_adapter(model_folders[family])
+    save_adapter(model, tmp_path / "ours", model_folders[family])
+    theirs = AutoModelForCausalLM.from_pretrained(model_folders[family])
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "ours")
+    tokens = batch(7)[0]
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        assert torch.allclose(model(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = load_model(model_folders[family])
+    load_adapter(again, tmp_path / "theirs")
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
+def test_lora_gradients_are_pefts(model_folders, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = with_adapter(model_folders["qwen2"])
+    save_adapter(model, tmp_path, "base")
+    plain = AutoModelForCausalLM.from_pretrained(model_folders["qwen2"])
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path, is_trainable=True)
+    tokens = batch(8)[0]
+    for m in (model, theirs):
+        m(tokens).logits.log_softmax(-1)[..., 5].sum().backward()
+    expected = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
+    for name, p in trainable(model).items():
+        layer, _, part = name.rpartition(".")
+        grad = expected[f"base_model.model.{layer}.{part}.default.weight"]
+        assert torch.allclose(p.grad, grad, rtol=1e-3, atol=1e-4)
+
+
+def test_nf4_is_close_to_the_plain_model_and_quantises_all_but_the_head(model_folders):
+    plain = token_stats(load_model(model_folders["qwen2"]), *batch(9)).logp
+    model = load_model(model_folders["qwen2"], "nf4")
+    kinds = {type(m).__name__ for n, m in model.named_modules() if n.endswith("_proj")}
+    assert kinds == {"Linear4bit"} and type(model.lm_head).__name__ == "Linear"
+    assert model.model.layers[0].mlp.up_proj.weight.quant_state.nested  # double quantisation
+    gap = (token_stats(model, *batch(9)).logp - plain).abs().mean()
+    assert 0 < gap < 0.5 * plain.std()
+
+
+# ------------------------------------------------------------------------------------ end tokens
+
+
+def test_qwen_ends_at_both_tokens(shared, model_folders):
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "qwen2.5")
+    model = load_model(model_folders["llama"])
+    model.generation_config.eos_token_id = [3, 151643]
+    ids = end_token_ids(model, tokenizer)
+    names = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    assert set(names) <= set(ids) and 3 in ids
+
+
+# --------------------------------------------------------------------------------------- mistakes
+
+
+def test_mistakes_are_one_line(model_folders, tmp_path):
+    def message(f, *args):
+        with pytest.raises(UserError) as error:
+            f(*args)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "no such folder" in message(load_model, "no/such-model")
+    assert "no such folder" in message(load_tokenizer, "no/such-model")
+    (tmp_path / "empty").mkdir()
+    assert "config.json" in message(load_model, str(tmp_path / "empty"))
+    model = load_model(model_folders["llama"])
+    assert "no adapter here" in message(load_adapter, model, tmp_path)
+    save_adapter(with_adapter(model_folders["llama"], r=4), tmp_path / "a", "base")
+    (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"cut off")
+    assert "cannot be read" in message(load_adapter, model, tmp_path / "a")
+
+
+def test_architectures_we_would_get_wrong_are_refused(tmp_path):
+    from transformers import GraniteConfig, MistralConfig
+
+    small = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+                 num_attention_heads=2, num_key_value_heads=1, pad_token_id=0)  # fmt: skip
+    scaled = GraniteConfig(**small, logits_scaling=8.0)
+    AutoModelForCausalLM.from_config(scaled).save_pretrained(tmp_path / "scaled")
+    with pytest.raises(UserError, match="not a linear map"):
+        load_model(str(tmp_path / "scaled"))
+    sliding = MistralConfig(**small, sliding_window=8)
+    AutoModelForCausalLM.from_config(sliding).save_pretrained(tmp_path / "sliding")
+    with pytest.raises(UserError, match="not all full attention"):
+        load_model(str(tmp_path / "sliding"))
