@@ -91,7 +91,9 @@ class RunFolder:
                     parameter.copy_(file.get_tensor(f"weight:{name}"))
                     if f"step:{name}" in file.keys():  # noqa: SIM118
                         optimizer.state[parameter] = {
-                            m: file.get_tensor(f"{m}:{name}").to("cpu" if m == "step" else parameter.device)
+                            m: file.get_tensor(f"{m}:{name}").to(
+                                "cpu" if m == "step" else parameter.device
+                            )
                             for m in MOMENTS
                         }
                 return int(file.metadata()["steps_done"])

@@ -222,9 +222,7 @@ def generate(
         for start in range(0, B, max_rows):
             rows = range(start, min(start + max_rows, B))
             keys = [(r // group_size, r % group_size) for r in rows]
-            noise_rows = np.stack(
-                [uniforms(noise, p, s, max_new_tokens) for p, s in keys]
-            )
+            noise_rows = np.stack([uniforms(noise, p, s, max_new_tokens) for p, s in keys])
             wave = _wave(model, prompts, keys, noise_rows, end_ids, settings, progress)
             part = slice(rows.start, rows.stop)
             response[part], logp[part], length[part], finished[part] = wave

@@ -19,6 +19,7 @@ import torch
 
 import grade
 import tiny
+from checkpoint import read_config
 from configurator import UserError, configure, run
 from data import Problem, load_problems, prepare, subset
 from engine import EVAL_NOISE, Progress, generate
@@ -146,9 +147,7 @@ def decode(
 ) -> list[str]:
     """Response texts of tokens [B, T], without special tokens."""
     rows = zip(tokens.tolist(), prompt_len.tolist(), length.tolist(), strict=True)
-    return tokenizer.batch_decode(
-        [row[p : p + n] for row, p, n in rows], skip_special_tokens=True
-    )
+    return tokenizer.batch_decode([row[p : p + n] for row, p, n in rows], skip_special_tokens=True)
 
 
 def save_rows(rows: list[dict], path: Path) -> None:
@@ -195,7 +194,9 @@ def grade_completions(rows: list[dict]) -> tuple[dict, list[dict], list[tuple[in
     texts = [text for row in rows for text in row["completions"]]
     golds = [row["answer"] for row in rows for _ in row["completions"]]
     verdicts = iter(grade.correct(texts, golds))
-    graded = [{**row, "correct": [bool(next(verdicts)) for _ in row["completions"]]} for row in rows]
+    graded = [
+        {**row, "correct": [bool(next(verdicts)) for _ in row["completions"]]} for row in rows
+    ]
     summary = summarize(graded)
     lenient = grade.grader().grade([grade.lenient_answer(t) for t in texts], golds)
     summary["lenient_accuracy"] = float(np.mean(lenient))
@@ -214,11 +215,7 @@ def grade_completions(rows: list[dict]) -> tuple[dict, list[dict], list[tuple[in
 
 def from_run(cfg: EvalConfig, given: dict) -> EvalConfig:
     """Fill what was not typed from a training run's config.json."""
-    path = Path(cfg.run) / "config.json"
-    try:
-        saved = json.loads(path.read_text())["config"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--run={cfg.run}: no readable config.json of a run in it") from error
+    saved = read_config(cfg.run)
     names = {"model": "model", "quant": "quant", "data": "eval_data", "prompt": "prompt",
              "n": "eval_n", "k": "eval_k", "temperature": "eval_temperature", "dtype": "dtype",
              "max_prompt_tokens": "max_prompt_tokens", "max_new_tokens": "max_new_tokens",

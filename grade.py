@@ -6,7 +6,7 @@ with what it decides for units, lists or equations, and its audit are in docs/GR
 
 The comparison takes answers apart here (lists, tuples, intervals, matrices, units, `x =`), settles
 plain numbers exactly as fractions, and leaves single expressions to Math-Verify, whose yes is
-checked again at 60 digits: its own numeric test holds 1/2^99 and 1/2^98 for equal.
+checked to 40 digits: its own numeric test holds 1/2^99 and 1/2^98 for equal.
 
 Workers are `python grade.py --worker` speaking JSON lines over pipes, so grading depends neither
 on the caller's main module nor on its threads. POSIX only (fork, interval timers).
@@ -379,22 +379,31 @@ def _decide(answer: str, gold: str, decide: Decide) -> bool | None:
 
 
 def _math_verify(answer: str, gold: str) -> bool:
-    """Math-Verify on two boxed expressions, each yes confirmed by `_confirmed`."""
+    """Math-Verify on two expressions, each yes confirmed; what it cannot handle is wrong."""
+    import math_verify
+
+    try:
+        a, b = _parse(answer), _parse(gold)
+        # Confirmed first, as that is far quicker to say no. No time limit of Math-Verify's own: it
+        # needs SIGALRM, hence the main thread (Math-Verify#65).
+        return bool(a and b and _confirmed(a[0], b[0])) and math_verify.verify(
+            b, a, strict=True, timeout_seconds=None
+        )
+    except Exception:
+        return False
+
+
+@functools.lru_cache(maxsize=1000)  # a group shares its gold answer
+def _parse(text: str) -> list:
+    """[sympy object] of a boxed expression, [] if it is none."""
     import math_verify
     from latex2sympy2_extended import NormalizationConfig
 
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it has no time limit
+    text = re.sub(r"(?<![A-Za-z\\])i(?![A-Za-z])", " i ", text)  # else 2i is real and 2 \cdot i not
     rules = NormalizationConfig(malformed_operators=True, boxed="last")
     target = math_verify.LatexExtractionConfig(False, 0, rules)
-    parsed = [
-        math_verify.parse(rf"\boxed{{{text}}}", [target], "no_fallback", "first_match", None)
-        for text in (re.sub(r"(?<![A-Za-z\\])i(?![A-Za-z])", " i ", t) for t in (gold, answer))
-    ]
-    # No time limit of its own: that one needs SIGALRM, so the main thread (Math-Verify#65).
-    return (
-        all(parsed)
-        and _confirmed(parsed[1][0], parsed[0][0])  # first: its no is far quicker
-        and math_verify.verify(*parsed, strict=True, timeout_seconds=None)
-    )
+    return math_verify.parse(rf"\boxed{{{text}}}", [target], "no_fallback", "first_match", None)
 
 
 def _confirmed(a, b) -> bool:
@@ -657,10 +666,7 @@ def _fork(timeout: float) -> tuple[int, io.TextIOWrapper]:
     channel = theirs.makefile("rw")
     for line in channel:
         signal.setitimer(signal.ITIMER_PROF, timeout)  # its signal kills, also inside C code
-        try:
-            verdict = is_equiv(*json.loads(line))
-        except Exception:
-            verdict = False
+        verdict = is_equiv(*json.loads(line))
         signal.setitimer(signal.ITIMER_PROF, 0)
         channel.write("true\n" if verdict else "false\n")
         channel.flush()

@@ -109,7 +109,9 @@ def _readable_errors(name: str, what: str) -> Iterator[None]:
 @torch.no_grad()
 def _refuse_unknown_architecture(model: nn.Module, name: str) -> None:
     kinds = set(getattr(model.config, "layer_types", None) or []) - {"full_attention"}
-    if kinds or (getattr(model.config, "sliding_window", None) and not hasattr(model.config, "layer_types")):
+    if kinds or (
+        getattr(model.config, "sliding_window", None) and not hasattr(model.config, "layer_types")
+    ):
         raise UserError(
             f"model {name!r}: its layers are not all full attention "
             f"({', '.join(sorted(kinds)) or 'sliding window'}): not supported"
@@ -323,7 +325,9 @@ def _chunk_stats(
 # ---------------------------------------------------------------------------------------- on disk
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict | None = None) -> None:
+def save_tensors(
+    tensors: dict[str, torch.Tensor], path: Path, metadata: dict | None = None
+) -> None:
     """Write a safetensors file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")

@@ -68,7 +68,9 @@ class Config:
     lora_alpha: int = 64  # the adapter is scaled by alpha / r
     gradient_checkpointing: bool = True  # recompute activations in backward: less memory, slower
     # Data
-    train_data: str = "deepscaler"  # deepscaler, math_train, gsm8k, a file, a folder, a hub id, tiny
+    train_data: str = (
+        "deepscaler"  # deepscaler, math_train, gsm8k, a file, a folder, a hub id, tiny
+    )
     eval_data: str = "math500"  # likewise; its problems are dropped from train_data
     prompt: str = "qwen_math"  # prompt format: qwen_math, simplerl, none
     max_prompt_tokens: int = 1024  # longer prompts are dropped, and counted
@@ -89,7 +91,9 @@ class Config:
     clip_high: float = 0.2  # ratios above 1 + clip_high are clipped
     loss_agg: LossAgg = "token_mean"  # token_mean (DAPO) or seq_mean (GRPO), over the mini-batch
     kl_coef: float = 0.0  # weight of the KL to the base model in the loss
-    kl_type: KLType = "k3"  # its estimator: k1, k2, k3 (see grpo.kl for what each one's gradient is)
+    kl_type: KLType = (
+        "k3"  # its estimator: k1, k2, k3 (see grpo.kl for what each one's gradient is)
+    )
     # Optimiser: AdamW
     lr: float = 1e-5  # LoRA wants more than full training's 5e-7: aim at a clip fraction near 1e-3
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # to 0 at the last update
@@ -177,7 +181,9 @@ def check(cfg: Config) -> list[str]:
     if cfg.kl_coef == 0 and cfg.kl_type != Config.kl_type:
         warnings.append(f"kl_type={cfg.kl_type} cannot act with kl_coef=0")
     if cfg.eval_k > 1 and cfg.eval_temperature == 0:
-        warnings.append(f"eval_k={cfg.eval_k} cannot act: greedy samples (eval_temperature=0) agree")
+        warnings.append(
+            f"eval_k={cfg.eval_k} cannot act: greedy samples (eval_temperature=0) agree"
+        )
     if cfg.lr == 0:
         warnings.append("lr=0: nothing is learned (a null test)")
     return warnings
@@ -346,7 +352,9 @@ def worst_case(model, cfg: Config) -> str:
     b = max(1, min(cfg.micro_batch_tokens // T, per_update))
     device = next(model.parameters()).device
     tokens = torch.zeros(b, T, dtype=torch.int64, device=device)
-    lengths = [torch.full((b,), n, device=device) for n in (cfg.max_prompt_tokens, cfg.max_new_tokens)]
+    lengths = [
+        torch.full((b,), n, device=device) for n in (cfg.max_prompt_tokens, cfg.max_new_tokens)
+    ]
     try:
         token_stats(model, tokens, *lengths, cfg.temperature, full=False).logp.sum().backward()
     except torch.cuda.OutOfMemoryError as error:
@@ -529,7 +537,11 @@ def summary_table(history: list[dict], cfg: Config) -> None:
 
 def main(argv: list[str]) -> None:
     cfg, sources = configure(Config, argv, choose_scale)
-    print(f"scale: {sources.scale} ({sources.reason})" if sources.reason else f"scale: {sources.scale}")
+    print(
+        f"scale: {sources.scale} ({sources.reason})"
+        if sources.reason
+        else f"scale: {sources.scale}"
+    )
     if not cfg.out_dir:
         experiment = "-".join(sources.experiments) or "train"
         cfg.out_dir = f"out/{experiment}-{sources.scale}-seed{cfg.seed}"

@@ -29,7 +29,16 @@ def test_advantages_by_hand():
     s = math.sqrt(1 / 3)
     expected = [0.5 / s, -0.5 / s, -0.5 / s, 0.5 / s, 1.5, -0.5, -0.5, -0.5]
     assert grpo.advantages(r, 4).tolist() == pytest.approx(expected, abs=1e-6)
-    assert grpo.advantages(r, 4, "group_mean").tolist() == [0.5, -0.5, -0.5, 0.5, 1.5, -0.5, -0.5, -0.5]
+    assert grpo.advantages(r, 4, "group_mean").tolist() == [
+        0.5,
+        -0.5,
+        -0.5,
+        0.5,
+        1.5,
+        -0.5,
+        -0.5,
+        -0.5,
+    ]
 
 
 @pytest.mark.parametrize("r", [0.1, 0.3, 1 / 3, 0.7])
@@ -101,7 +110,9 @@ def test_micro_batches_add_up_to_the_mini_batch(loss_agg):
     grpo.policy_loss(logp, old, A, mask, n, loss_agg=loss_agg)[0].backward()
     whole, logp.grad = logp.grad, None
     for rows in ([0], [1, 2, 3], [4, 5]):
-        grpo.policy_loss(logp[rows], old[rows], A[rows], mask[rows], n, loss_agg=loss_agg)[0].backward()
+        grpo.policy_loss(logp[rows], old[rows], A[rows], mask[rows], n, loss_agg=loss_agg)[
+            0
+        ].backward()
     assert torch.allclose(whole, logp.grad, rtol=1e-12, atol=0)
 
 

@@ -23,7 +23,12 @@ from model import (
 )
 
 FAMILIES = ("qwen2", "llama", "olmo2")
-QUANTS = [("none", torch.float32), ("none", torch.bfloat16), ("nf4", torch.float32), ("nf4", torch.bfloat16)]
+QUANTS = [
+    ("none", torch.float32),
+    ("none", torch.bfloat16),
+    ("nf4", torch.float32),
+    ("nf4", torch.bfloat16),
+]
 
 
 def with_adapter(folder, quant="none", dtype=torch.float32, r=4):
@@ -41,7 +46,9 @@ def with_adapter(folder, quant="none", dtype=torch.float32, r=4):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_stats_equal_float64_distributions_of_transformers_logits(model_folders, family, temperature):
+def test_stats_equal_float64_distributions_of_transformers_logits(
+    model_folders, family, temperature
+):
     """Every token, the first one and the last included; read one position earlier than it stands."""
     model = load_model(model_folders[family])
     tokens, prompt_len, length = batch(0)

@@ -49,6 +49,7 @@ def test_no_repetition():
     cases = [
         ("say " + ten * 10 + ".", 0),
         (ten * 9 + ten[:9], 1),  # one character short of the tenth time
+        (ten * 9 + "abcdefghi!", 1),
         ("abcdefghi" * 20, 0),  # period 9 is also period 18
         (("abcdefghi" * 20)[:-1], 1),
         ("abcdefghi" * 11, 1),  # nine characters: too short a pattern, 18 only five times

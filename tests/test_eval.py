@@ -1,0 +1,124 @@
+"""eval.py: its figures by hand, saved completions graded, samples that do not depend on the batch."""
+
+import json
+import math
+
+import pytest
+
+import eval as evaluation
+from configurator import UserError
+from data import load_problems, prepare
+from model import load_model, load_tokenizer
+
+
+def row(correct, texts, **more):
+    return {"problem": "p", "answer": "1", "correct": correct, "completions": texts, **more}
+
+
+def test_figures_by_hand():
+    rows = [
+        row(
+            [True, True],
+            ["```python\n```\\boxed{1}", "\\boxed{1}"],
+            finish_reason=["stop", "length"],
+        ),
+        row([False, True], ["no box", "Python \\boxed{1}"], finish_reason=["stop", "stop"]),
+        row([False, False], ["\\boxed{}", "\\boxed{2}"], finish_reason=["stop", "stop"]),
+    ]
+    s = evaluation.summarize(rows)
+    assert (s["n"], s["k"]) == (3, 2)
+    assert s["accuracy"] == pytest.approx(0.5)  # per problem 1, 1/2, 0
+    assert s["stderr"] == pytest.approx(0.5 / math.sqrt(3))  # std of (1, .5, 0) is .5
+    assert s["boxed"] == pytest.approx(4 / 6) and s["code_frequency"] == pytest.approx(2 / 6)
+    assert s["accuracy_code"] == 1.0 and s["accuracy_language"] == pytest.approx(1 / 4)
+    assert s["truncated"] == pytest.approx(1 / 6)
+    alone = evaluation.summarize([row([True], ["x"])])
+    assert alone["stderr"] is None and alone["accuracy_code"] is None and alone["truncated"] is None
+
+
+def test_completions_are_graded_and_disagreements_named(tmp_path, capsys):
+    path = tmp_path / "c.jsonl"
+    rows = [
+        {
+            "problem": "a",
+            "answer": "0.5",
+            "completions": ["so \\boxed{\\frac12}."],
+            "correct": [True],
+        },
+        {
+            "problem": "b",
+            "answer": 7,
+            "completions": ["\\boxed{8}", "it is 7"],
+            "correct": [True, False],
+        },
+    ]
+    path.write_text("\n".join(json.dumps(r) for r in rows) + "\n\n")
+    evaluation.main([f"--completions={path}"])
+    out = capsys.readouterr().out.splitlines()
+    assert "differs from `correct`: row 1 sample 0" in out
+    last = json.loads(out[-1])
+    assert {"accuracy", "stderr", "boxed", "code_frequency", "n", "k"} <= set(last)
+    assert last["accuracy"] == 0.5 and last["agreement"] == pytest.approx(2 / 3)
+    assert last["lenient_accuracy"] == pytest.approx(2 / 3)  # prose counts there, and only there
+
+
+def test_real_completions_agree_with_their_graders(shared, capsys):
+    """The strict rule on real text: at least 98 % (docs/GRADING.md lists and judges the rest)."""
+    file = shared / "data" / "completions" / "qwen3_4b_base_math500.jsonl"
+    evaluation.main([f"--completions={file}"])
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["n"] == 500 and last["agreement"] >= 0.98
+
+
+def test_samples_do_not_depend_on_the_batch(tiny_random):
+    """The fault: evals that change with the batch size."""
+    model, tokenizer = load_model(tiny_random), load_tokenizer(tiny_random)
+    items, _ = prepare(load_problems(tiny_random, "test")[:12], "none", tokenizer, 32)
+    whole = evaluation.evaluate(model, tokenizer, items, 3, 1.0, 20, seed=1)
+    small = evaluation.evaluate(model, tokenizer, items, 3, 1.0, 20, seed=1, rollout_rows=5)
+    assert whole == small and whole[0]["n"] == 12 and whole[0]["k"] == 3
+    other = evaluation.evaluate(model, tokenizer, items, 3, 1.0, 20, seed=2)
+    assert other[1] != whole[1]
+
+
+def test_a_model_and_a_run_from_the_command_line(tiny_random, tmp_path, capsys):
+    args = [
+        f"--data={tiny_random}",
+        "--prompt=none",
+        "--max_prompt_tokens=32",
+        "--max_new_tokens=8",
+    ]
+    evaluation.main([f"--model={tiny_random}", *args, "--n=5", f"--out={tmp_path / 'o'}"])
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["n"] == 5
+    saved = evaluation.load_completions(str(tmp_path / "o" / "completions.jsonl"))
+    again, _, odd = evaluation.grade_completions(saved)
+    assert odd == [] and again["accuracy"] == last["accuracy"]
+
+
+@pytest.mark.parametrize(
+    "text,word",
+    [
+        (None, "no such file"),
+        ("", "no rows"),
+        ("{not json", ":1: not JSON"),
+        ('{"answer": "1", "completions": ["x"]}\n{"answer": "1"}', ":2: wants completions"),
+        ('{"completions": ["x"]}', ":1: wants an answer"),
+    ],
+)
+def test_mistakes_in_a_completions_file(tmp_path, text, word):
+    path = tmp_path / "c.jsonl"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=word):
+        evaluation.main([f"--completions={path}"])
+
+
+def test_other_mistakes(tmp_path):
+    for args, word in (
+        ([], "nothing to measure"),
+        ([f"--run={tmp_path}"], "no readable config.json"),
+        (["--model=tiny", "--kk=3"], "kk"),
+    ):
+        with pytest.raises(UserError, match=word):
+            evaluation.main(args)

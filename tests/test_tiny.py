@@ -1,0 +1,81 @@
+"""The tiny world: its arithmetic, its text, its tokenizer, its folder."""
+
+import numpy as np
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tiny
+from data import load_problems
+from grade import last_boxed
+
+
+def cases(n=200, hard=None):
+    rng = np.random.default_rng(0)
+    return [(*tiny.make_problem(rng, hard), rng) for _ in range(n)]
+
+
+def test_answers_are_right():
+    for text, chain, _ in cases():
+        expression = str(chain[0])
+        for word, sign in (("add", "+"), ("minus", "-"), ("times", "*")):
+            text = text.replace(word, sign)
+        expression, *_ = text.removeprefix("Start: ").rstrip("?").split(" ", 1)
+        for op, operand in zip(*[iter(text.rstrip("?").split()[2:])] * 2, strict=True):
+            expression = f"(({expression}) {op} {operand})"
+        assert tiny.running_values(chain)[-1] == eval(expression) % 10
+
+
+def test_every_text_is_tokenised_and_comes_back():
+    tokenizer = tiny.make_tokenizer()
+    for text, chain, rng in cases(60):
+        for code in (True, False):
+            for working in (True, False):
+                whole = text + tiny.make_response(chain, code, working, rng)
+                ids = tokenizer(whole)["input_ids"]
+                assert tokenizer.unk_token_id not in ids and tokenizer.decode(ids) == whole
+
+
+def test_habits_are_what_the_docstring_says():
+    """Boxed share, the answer of both habits, and hard problems whose majority is wrong."""
+    for hard, right in ((False, 1.0), (True, None)):
+        boxed, good = [], []
+        for _, chain, rng in cases(2000, hard):
+            text = tiny.make_response(chain, True, True, rng)
+            assert "python" in text
+            boxed.append(last_boxed(text) is not None)
+            answer = text.rstrip("}.")[-1]
+            good.append(answer == str(tiny.running_values(chain)[-1]))
+        assert np.mean(boxed) == pytest.approx(tiny.BOXED_SHARE, abs=0.03)
+        if hard:
+            slip_right = 1 - tiny.SLIP_SHARE * 0.93  # a dropped operation rarely changes nothing
+            assert np.mean(good) == pytest.approx(slip_right, abs=0.06)
+        else:
+            assert np.mean(good) == right
+    text, chain, rng = cases(1)[0]
+    assert "python" not in tiny.make_response(chain, False, True, rng)
+    bad_code = tiny.make_response(chain, True, False, rng)
+    assert "python" in bad_code and "%" not in bad_code  # no working in it
+
+
+def test_folder_is_an_ordinary_one(tiny_random):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_random)
+    text = cases(1)[0][0]
+    assert tokenizer(text)["input_ids"] == tiny.make_tokenizer()(text)["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(tiny_random)
+    assert 0.05e6 < model.num_parameters() < 0.3e6
+    sets = {sub: {p.problem for p in load_problems(tiny_random + sub, split)}
+            for sub, split in (("", "train"), ("/hard", "test"))}  # fmt: skip
+    test = load_problems(tiny_random, "test")
+    assert len(test) == tiny.N_TEST and not sets[""] & {p.problem for p in test}
+    assert not sets[""] & sets["/hard"]
+    assert (
+        min(int(p.level) for p in load_problems(tiny_random + "/hard", "test")) >= tiny.HARD_OPS[0]
+    )
+
+
+def test_names(tmp_path):
+    assert tiny.resolve("some/model") == "some/model"
+    assert tiny.is_tiny("tiny_bad_hard") and not tiny.is_tiny("tinyllama")
+    folder = tiny.resolve("tiny_bad", tmp_path, steps=1)
+    assert tiny.resolve("tiny_bad_hard", tmp_path, steps=1) == folder + "/hard"
+    assert tiny.resolve("tiny", tmp_path, steps=1) != folder

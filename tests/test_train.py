@@ -1,0 +1,335 @@
+"""The loop: nulls that are exactly null, resume, what reaches the loss, mistakes."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import train as trainer
+from checkpoint import RunFolder, read_jsonl
+from configurator import UserError
+from data import Rollouts, partition
+from model import add_lora, load_model, lora_layers, trainable
+from train import Config, check, learning_rate, train
+
+
+@pytest.fixture
+def small(tiny_random, tmp_path):
+    """A run of 32 rollouts a step on the untrained tiny world."""
+    return Config(
+        model=tiny_random, quant="none", lora_r=4, lora_alpha=8, gradient_checkpointing=False,
+        train_data=tiny_random, eval_data=tiny_random, prompt="none", max_prompt_tokens=32,
+        max_new_tokens=12, reward="random(0.5)", steps=2, prompts_per_step=4, group_size=8,
+        micro_batch_tokens=200, lr=1e-2, eval_every=0, eval_n=10, save_every=0, device="cpu",
+        dtype="float32", out_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+
+
+TIMINGS = ("seconds", "tokens_per_s", "peak_memory")
+
+
+def comparable(history):
+    return [{k: v for k, v in m.items() if not k.startswith(TIMINGS)} for m in history]
+
+
+# ------------------------------------------------------------------------------------------- nulls
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_with_lr_0_every_ratio_is_exactly_1(small, dtype, quant):
+    """8 updates a step, several micro-batches each, prompts and responses of all lengths."""
+    cfg = replace(small, lr=0.0, dtype=dtype, quant=quant, gradient_checkpointing=True)
+    for m in train(cfg):
+        assert m["ratio_mean"] == 1 and m["ratio_max"] == 1
+        assert m["clip_frac_low"] == 0 and m["clip_frac_high"] == 0
+        assert m["kl"] == 0  # B = 0: the policy is the base model to the bit
+        assert m["grad_norm"] > 0
+
+
+def test_the_first_ratio_of_every_step_is_exactly_1(small, monkeypatch):
+    """Also after the weights have moved: old_logp is this step's."""
+    first = []
+    policy_loss = trainer.grpo.policy_loss
+
+    def spy(logp, old_logp, *args):  # fmt: skip
+        first.append((logp - old_logp).abs().max().item())
+        return policy_loss(logp, old_logp, *args)
+
+    monkeypatch.setattr(trainer.grpo, "policy_loss", spy)  # fmt: skip
+    history = train(replace(small, updates_per_step=1, steps=3))
+    assert max(first) == 0 and history[-1]["kl"] > 0
+    first.clear()
+    train(replace(small, out_dir=small.out_dir + "2"))
+    assert max(first) > 0
+
+
+@pytest.mark.parametrize("reward", ["random(0)", "random(1)", "0.3 * random(1)"])
+def test_a_constant_reward_moves_no_weight(small, reward):
+    train(replace(small, reward=reward))
+    a = weights(small.out_dir)
+    train(replace(small, reward=reward, lr=0.0, out_dir=small.out_dir + "0"))
+    b = weights(small.out_dir + "0")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+
+    tensors = load_file(f"{folder}/state.safetensors")
+    return {k: v for k, v in tensors.items() if k.startswith("weight:")}
+
+
+# ------------------------------------------------------------------------------------------ resume
+
+
+@pytest.mark.parametrize("lora_r", [4, 0])
+def test_resumed_equals_uninterrupted(small, lora_r):
+    cfg = replace(small, steps=4, lora_r=lora_r, lr=1e-3, eval_every=2, eval_temperature=1.0)
+    whole = train(replace(cfg, out_dir=small.out_dir + "whole"))
+    train(replace(cfg, steps=2))
+    with open(f"{cfg.out_dir}/metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "reward": 9}\n{"step": 4, "rew')  # a crash after the checkpoint
+    resumed = train(replace(cfg, resume=True))
+    assert comparable(resumed) == comparable(whole)
+    assert comparable(read_jsonl_of(cfg)) == comparable(whole)
+    assert all(
+        torch.equal(v, weights(cfg.out_dir)[k]) for k, v in weights(small.out_dir + "whole").items()
+    )
+    assert whole[-1]["kl"] is None if lora_r == 0 else whole[-1]["kl"] > 0
+
+
+def read_jsonl_of(cfg):
+    from pathlib import Path
+
+    return read_jsonl(Path(cfg.out_dir) / "metrics.jsonl")
+
+
+def test_a_folder_with_a_run_is_refused_and_resume_says_what_changed(small, capsys):
+    train(small)
+    with pytest.raises(UserError, match="--resume=True"):
+        train(small)
+    with pytest.raises(UserError, match="lora_r was 4 and is now 8"):
+        train(replace(small, lora_r=8, resume=True))
+    train(replace(small, steps=3, clip="off", resume=True))
+    out = capsys.readouterr().out
+    assert 'clip was "both", from here on "off"' in out and "steps was 2" in out
+    with pytest.raises(UserError, match="nothing to resume"):
+        train(replace(small, out_dir=small.out_dir + "new", resume=True))
+
+
+def test_two_runs_in_one_folder(small):
+    from pathlib import Path
+
+    held = RunFolder(Path(small.out_dir), {"model": "x"}, resume=False)
+    with pytest.raises(UserError, match="another process"):
+        train(small)
+    held.close()
+
+
+def test_a_damaged_state_is_one_line(small):
+    train(small)
+    with open(f"{small.out_dir}/state.safetensors", "wb") as file:
+        file.write(b"half a state")
+    with pytest.raises(UserError, match="not a state of this run"):
+        train(replace(small, resume=True))
+
+
+# -------------------------------------------------------------------------------- what is recorded
+
+
+def test_metrics_samples_and_config_are_there(small):
+    history = train(replace(small, eval_every=1, kl_coef=0.1))
+    wanted = (
+        "step reward reward_std flat_groups accuracy code_frequency boxed length truncated "
+        "clip_frac_low clip_frac_high ratio_mean ratio_max entropy self_certainty kl grad_norm "
+        "sampler_gap tokens_per_s seconds"
+    ).split()
+    assert [m["step"] for m in history] == [0, 1, 2] and "eval_accuracy" in history[0]
+    for m in history[1:]:
+        assert set(wanted) <= set(m) and all(math.isfinite(m[k]) for k in wanted)
+        assert m["sampler_gap_max"] < 1e-4
+    with open(f"{small.out_dir}/samples.jsonl") as file:
+        rows = [json.loads(line) for line in file]
+    assert len(rows) == 8 and {r["reward"] for r in rows} <= {0.0, 1.0}
+    with open(f"{small.out_dir}/config.json") as file:
+        saved = json.load(file)
+    assert saved["config"]["kl_coef"] == 0.1 and saved["versions"]["torch"] == torch.__version__
+
+
+def test_logged_reward_is_the_trained_one_and_random_is_the_same_again(small):
+    """The fault: an unseeded random reward drawn once to train on and again to log."""
+    a = train(small)
+    b = train(replace(small, out_dir=small.out_dir + "b"))
+    assert comparable(a) == comparable(b)
+    c = train(replace(small, seed=1, out_dir=small.out_dir + "c"))
+    assert [m["reward"] for m in a] != [m["reward"] for m in c]
+
+
+# ------------------------------------------------------------------------------ what enters the loss
+
+
+def rollouts(tokenizer_end=0):
+    """Two groups of two by hand: the last response of each is cut off."""
+    from data import Problem
+
+    tokens = torch.tensor([[5, 6, 7, 0, 0], [5, 6, 8, 9, 9], [5, 7, 0, 0, 0], [5, 8, 8, 8, 0]])
+    length = torch.tensor([2, 3, 2, 3])
+    return Rollouts(
+        tokens=tokens, prompt_len=torch.tensor([2, 2, 1, 1]), length=length,
+        text=["a", "b", "c", "d"], problem=[Problem("p", "1", "0")] * 4,
+        finished=torch.tensor([True, False, True, False]), group_size=2, seed=0, step=1,
+        sampler_logp=None,
+    )  # fmt: skip
+
+
+def sgd_step(model, cfg, parts, r, advantage):
+    """The adapter's movement in one SGD update of train.update."""
+    before = {k: v.detach().clone() for k, v in trainable(model).items()}
+    trainer.score(model, None, r, parts, cfg)
+    optimizer = torch.optim.SGD(trainable(model).values(), lr=1.0)
+    trainer.update(model, optimizer, r, advantage, parts, cfg, [1.0] * len(parts))
+    moved = {k: v.detach() - before[k] for k, v in trainable(model).items()}
+    with torch.no_grad():
+        for k, v in trainable(model).items():
+            v.copy_(before[k])
+    return torch.cat([v.flatten() for v in moved.values()])
+
+
+@pytest.fixture
+def adapted(tiny_random):
+    model = load_model(tiny_random)
+    add_lora(model, 4, 8)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("loss_agg", ["token_mean", "seq_mean"])
+def test_the_gradient_does_not_depend_on_the_micro_batch(adapted, small, loss_agg):
+    cfg = replace(small, loss_agg=loss_agg, max_grad_norm=1e9)
+    A = torch.tensor([1.0, -1.0, 0.5, -0.5])
+    moves = [sgd_step(adapted, cfg, [mini], rollouts(), A)
+             for mini in ([[0, 1, 2, 3]], [[1], [3, 0], [2]], [[0], [1], [2], [3]])]  # fmt: skip
+    assert moves[0].abs().max() > 1e-4
+    for other in moves[1:]:
+        assert torch.allclose(moves[0], other, atol=1e-6 * float(moves[0].abs().max()) * 10)
+
+
+def test_the_end_token_is_trained_although_it_is_the_padding_token(adapted, small):
+    """With the first row's end token masked, the gradient would be another one."""
+    cfg = replace(small, max_grad_norm=1e9)
+    A = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    r = rollouts()
+    assert r.mask[0].tolist() == [True, True, False]
+    whole = sgd_step(adapted, cfg, [[[0]]], r, A)
+    cut = rollouts()
+    cut.length[0] = 1
+    assert not torch.allclose(whole, sgd_step(adapted, cfg, [[[0]]], cut, A), rtol=1e-2)
+
+
+def test_truncated_mask_takes_cut_off_responses_out_of_the_loss(adapted, small):
+    cfg = replace(small, max_grad_norm=1e9)
+    A = torch.tensor([1.0, -1.0, 0.5, -0.5])
+    masked = sgd_step(adapted, replace(cfg, truncated="mask"), [[[0, 1, 2, 3]]], rollouts(), A)
+    kept_rows = sgd_step(adapted, cfg, [[[0, 2]]], rollouts(), A)
+    assert torch.allclose(masked, kept_rows, atol=1e-6)
+    kept = sgd_step(adapted, cfg, [[[0, 1, 2, 3]]], rollouts(), A)
+    assert not torch.allclose(masked, kept, rtol=1e-2)
+
+
+def test_truncated_zero_zeroes_the_reward(small):
+    cfg = replace(small, reward="random(1)", max_new_tokens=6)
+    kept = train(cfg)
+    zeroed = train(replace(cfg, truncated="zero", out_dir=small.out_dir + "z"))
+    assert kept[0]["truncated"] > 0 and kept[0]["reward"] == 1
+    assert zeroed[0]["reward"] == pytest.approx(1 - zeroed[0]["truncated"])
+
+
+def test_kl_in_the_loss_holds_the_policy_back(small):
+    free = train(replace(small, steps=3))
+    held = train(replace(small, steps=3, kl_coef=10.0, out_dir=small.out_dir + "kl"))
+    assert held[-1]["kl"] < 0.5 * free[-1]["kl"]
+
+
+def test_partition_covers_every_row_once():
+    parts = partition(list(range(10, 47)), 8, 100, seed=0, step=3)
+    assert len(parts) == 8
+    assert sorted(i for mini in parts for rows in mini for i in rows) == list(range(37))
+
+
+# ------------------------------------------------------------------------------- settings, mistakes
+
+
+def test_learning_rate_by_hand():
+    cfg = Config(steps=5, updates_per_step=4, lr=1.0, warmup=0.2)  # 20 updates, 4 of them warm
+    assert [learning_rate(cfg, i) for i in (0, 1, 3, 4, 19)] == [0.25, 0.5, 1.0, 1.0, 1.0]
+    linear = replace(cfg, lr_schedule="linear")
+    assert learning_rate(linear, 12) == pytest.approx(0.5)
+    cosine = replace(cfg, lr_schedule="cosine")
+    assert learning_rate(cosine, 4) == 1 and learning_rate(cosine, 12) == pytest.approx(0.5)
+    assert learning_rate(cosine, 8) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
+
+
+@pytest.mark.parametrize(
+    "changes,word",
+    [
+        ({"updates_per_step": 1}, "clip=both cannot act"),
+        ({"group_size": 1}, "every advantage is 0"),
+        ({"clip": "off", "clip_high": 0.28}, "clip_high=0.28 cannot act"),
+        ({"clip": "high", "clip_low": 0.1}, "clip_low=0.1 cannot act"),
+        ({"kl_type": "k1"}, "kl_type=k1 cannot act"),
+        ({"eval_k": 4}, "eval_k=4 cannot act"),
+    ],
+)
+def test_a_setting_that_cannot_act_warns_once(changes, word):
+    warnings = check(replace(Config(), **changes))
+    assert sum(word in w for w in warnings) == 1 and len(warnings) == 1
+    assert check(Config()) == []
+
+
+@pytest.mark.parametrize(
+    "changes,word",
+    [
+        ({"group_size": 0}, "group_size=0"),
+        ({"prompts_per_step": 1, "group_size": 4}, "only 4 responses"),
+        ({"lora_r": 0, "quant": "nf4"}, "--quant=none"),
+        ({"lora_r": 0, "quant": "none", "dtype": "bfloat16"}, "--dtype=float32"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"max_new_tokens": 1000}, "256 positions"),
+        ({"max_prompt_tokens": 2}, "max_prompt_tokens"),
+        ({"reward": "formt"}, "format"),
+        ({"train_data": "no/such.jsonl"}, "no/such.jsonl"),
+        ({"device": "warp"}, "warp"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_no_run_behind(small, changes, word, tmp_path):
+    with pytest.raises(UserError) as error:
+        train(replace(small, **changes))
+    assert word in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_no_cuda_means_the_tiny_scale(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    scale, reason = trainer.choose_scale({})
+    assert scale.endswith("tiny.py") and "no CUDA" in reason and "config/model" in reason
+
+
+# ---------------------------------------------------------------------------------------- real model
+
+
+def test_a_real_model_on_real_problems(shared, tmp_path):
+    """stories260K in NF4 on MATH problems, from text to an updated adapter."""
+    cfg = Config(
+        model=str(shared / "models" / "stories260K"), quant="nf4", lora_r=4, lora_alpha=8,
+        train_data=str(shared / "data" / "math_train" / "train.jsonl"),
+        eval_data=str(shared / "data" / "math500" / "test.jsonl"), prompt="none",
+        max_prompt_tokens=64, max_new_tokens=16, reward="random(0.5)", steps=2, prompts_per_step=4,
+        group_size=4, lr=1e-3, eval_every=2, eval_n=4, device="cpu", out_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+    history = train(cfg)
+    assert [m["step"] for m in history] == [0, 1, 2] and history[-1]["kl"] > 0
+    assert history[-1]["grad_norm"] > 0 and history[-1]["ratio_max"] > 1
