@@ -89,7 +89,7 @@ class RunFolder:
             with safe_open(path, "pt") as file, torch.no_grad():
                 for name, parameter in trainable(model).items():
                     parameter.copy_(file.get_tensor(f"weight:{name}"))
-                    if f"step:{name}" in file.keys():  # noqa: SIM118
+                    if f"step:{name}" in file.keys():
                         optimizer.state[parameter] = {
                             m: file.get_tensor(f"{m}:{name}").to(
                                 "cpu" if m == "step" else parameter.device
@@ -132,7 +132,7 @@ def read_config(folder: Path | str) -> dict:
 def read_jsonl(path: Path) -> list[dict]:
     """Rows of a log; a last line that was cut off by a crash is dropped."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text().split("\n")[:-1] if path.exists() else []:
         try:
             rows.append(json.loads(line))
         except ValueError:

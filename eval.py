@@ -167,7 +167,7 @@ def load_completions(file: str) -> list[dict]:
     if not path.is_file():
         raise UserError(f"--completions={file}: no such file")
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text().split("\n"), 1):
         if not line.strip():
             continue
         try:

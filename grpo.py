@@ -78,8 +78,8 @@ def policy_loss(
     where `high` clips from above only, `low` from below only, and `off` leaves -R A. The clip
     removes a token's gradient where R > 1 + clip_high and A > 0, or R < 1 - clip_low and A < 0.
 
-    Returns the scalar loss and sums over tokens: clip_low, clip_high (tokens whose gradient the clip
-    removed), ratio (sum), ratio_max, tokens.
+    Returns the scalar loss and, over tokens, clip_low and clip_high (how many lost their gradient
+    to the clip), ratio (sum), ratio_max, tokens (how many).
     """
     # Masked before exp: a padding column may hold anything, and inf * 0 is nan.
     log_ratio = (logp - old_logp).masked_fill(~mask, 0.0)

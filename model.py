@@ -1,7 +1,7 @@
 """Weights: load a causal LM (plain or NF4), LoRA, per-token statistics, adapters on disk.
 
-Everything that touches the model but decoding (engine.py) is here. The forward pass is transformers'
-own; LoRA and the chunked head are ours.
+Everything that touches the model but decoding (engine.py) is here. The forward pass is
+transformers' own; LoRA and the chunked head are ours.
 """
 
 import json
@@ -228,7 +228,7 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def reference(model: nn.Module, frozen: nn.Module | None = None) -> Iterator[nn.Module]:
-    """The base policy: a frozen copy where full training keeps one, else the adapter switched off."""
+    """The base policy: a frozen copy where full training keeps one, else the adapter off."""
     if frozen is not None:
         yield frozen
     else:
@@ -373,7 +373,7 @@ def load_adapter(model: nn.Module, folder: Path | str) -> None:
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError as error:
         raise UserError(
             f"{folder}: no adapter here (adapter_config.json and adapter_model.safetensors)"

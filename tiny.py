@@ -33,7 +33,7 @@ BOXED_SHARE = 0.8
 SLIP_SHARE = 0.75  # of the good habit's answers to hard problems that leave out the last operation
 HARD_SHARE = 0.15  # of the problems
 EASY_OPS, HARD_OPS = (2, 4), (6, 7)  # number of operations, ends included
-TRAIN_STEPS, TRAIN_BATCH, TRAIN_LR = 900, 128, 3e-3
+TRAIN_STEPS, TRAIN_BATCH, TRAIN_LR = 700, 128, 3e-3
 N_TRAIN, N_TEST = 4000, 500
 FAMILIES = ("tiny", "tiny_bad")
 
@@ -149,6 +149,9 @@ def make_model(tokenizer, seed: int) -> torch.nn.Module:
         max_position_embeddings=256,
         tie_word_embeddings=True,
         attention_bias=True,
+        # 0.02 is for wide models. Here it would leave the first tokens of the two habits so close in
+        # the tied embedding that an adapter, which cannot move it, never tells them apart.
+        initializer_range=0.1,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -238,8 +241,8 @@ def build(family: str, folder: Path, seed: int = 0, steps: int = TRAIN_STEPS) ->
             (work / sub).mkdir(exist_ok=True)
             for split, n in (("test", N_TEST), ("train", N_TRAIN)):
                 rows = make_problems(n if not hard else n // 4, rng, seen, hard)
-                lines = (json.dumps({k: getattr(p, k) for k in ("id", "problem", "answer", "level")})
-                         for p in rows)  # fmt: skip
+                keys = ("id", "problem", "answer", "level")
+                lines = (json.dumps({k: getattr(p, k) for k in keys}) for p in rows)
                 (work / sub / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
         train_base(family, tokenizer, seed, steps).save_pretrained(work)
         tokenizer.save_pretrained(work)

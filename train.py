@@ -16,7 +16,7 @@ Departures from the papers ("Spurious Rewards", arXiv 2506.10947, and INTUITOR, 
    (config/model/qwen2.5_math_1.5b_paper.py has the papers').
  - Problems of the training set that occur in the eval set are dropped.
 
-What is random in a step is a function of (seed, step), so a resumed run equals an uninterrupted one.
+What is random in a step is a function of (seed, step): a resumed run equals an uninterrupted one.
 """
 
 import copy
@@ -118,7 +118,7 @@ class Config:
     resume: bool = False  # go on from the checkpoint in out_dir
 
 
-# ------------------------------------------------------------------------------ choosing and checking
+# ---------------------------------------------------------------------------- choosing and checking
 
 
 def choose_scale(given: dict) -> tuple[str | dict, str]:
@@ -157,8 +157,9 @@ def check(cfg: Config) -> list[str]:
     for key in whole:
         if getattr(cfg, key) < 1:
             raise UserError(f"{key}={getattr(cfg, key)}: must be at least 1")
-    for key in ("lora_r", "lr", "kl_coef", "clip_low", "clip_high", "weight_decay", "warmup", "seed",
-                "eval_every", "eval_n", "eval_temperature", "save_every", "log_samples"):  # fmt: skip
+    no_less = ("lora_r", "lr", "kl_coef", "clip_low", "clip_high", "weight_decay", "warmup", "seed",
+               "eval_every", "eval_n", "eval_temperature", "save_every", "log_samples")  # fmt: skip
+    for key in no_less:
         if getattr(cfg, key) < 0:
             raise UserError(f"{key}={getattr(cfg, key)}: must not be negative")
     if cfg.temperature <= 0 or cfg.max_grad_norm <= 0 or cfg.warmup > 1:
@@ -287,8 +288,10 @@ def update(model, optimizer, rollouts: Rollouts, advantage, parts, cfg: Config, 
                 sums[name] = sums.get(name, 0.0) + float(value)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm))
         if not math.isfinite(norm):
-            raise UserError(f"the gradient is {norm} at step {rollouts.step}: lower --lr or use "
-                            "--dtype=float32; --resume=True goes on from the last checkpoint")  # fmt: skip
+            raise UserError(
+                f"the gradient is {norm} at step {rollouts.step}: lower --lr or --dtype=float32; "
+                "--resume=True goes on from the last checkpoint"
+            )
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -394,8 +397,10 @@ def train(cfg: Config) -> list[dict]:
     problems, overlap = drop_overlap(problems, held_out)
     items, too_long = prepare(problems, cfg.prompt, tokenizer, cfg.max_prompt_tokens)
     eval_items, eval_long = prepare(held_out, cfg.prompt, tokenizer, cfg.max_prompt_tokens)
-    print(f"train: {len(items)} problems ({overlap} dropped as eval problems, {too_long} as too long)"
-          f"; eval: {len(eval_items)} ({eval_long} too long)")  # fmt: skip
+    print(
+        f"train: {len(items)} problems ({overlap} in the eval set and {too_long} too long dropped)"
+    )
+    print(f"eval: {len(eval_items)} problems ({eval_long} too long dropped)")
 
     model = load_model(name, cfg.quant, dtype, device)
     check_positions(model, cfg.max_prompt_tokens, cfg.max_new_tokens)
@@ -488,7 +493,7 @@ def train(cfg: Config) -> list[dict]:
 
 
 class _StopOnCtrlC:
-    """The first Ctrl-C asks the loop to stop, and to save, after its step; the second is at once."""
+    """The first Ctrl-C lets the step end and saves; the second stops at once."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -525,8 +530,8 @@ def summary_table(history: list[dict], cfg: Config) -> None:
     evals = [m for m in history if "eval_accuracy" in m]
     print(f"\n{'':<24}{'first':>10}{'last':>10}")
     columns = [("eval_accuracy", evals), ("eval_stderr", evals), ("eval_code_frequency", evals)]
-    columns += [(key, steps) for key in ("reward", "accuracy", "code_frequency", "boxed", "length",
-                                         "entropy", "clip_frac_low", "clip_frac_high", "kl")]  # fmt: skip
+    keys = "reward accuracy code_frequency boxed length entropy clip_frac_low clip_frac_high kl"
+    columns += [(key, steps) for key in keys.split()]
     for key, rows in columns:
         if rows and rows[0].get(key) is not None and rows[-1].get(key) is not None:
             print(f"{key:<24}{rows[0][key]:>10.4f}{rows[-1][key]:>10.4f}")

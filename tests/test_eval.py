@@ -1,4 +1,4 @@
-"""eval.py: its figures by hand, saved completions graded, samples that do not depend on the batch."""
+"""eval.py: figures by hand, saved completions graded, samples independent of the batch."""
 
 import json
 import math

@@ -148,7 +148,7 @@ def test_on_policy_every_arm_has_the_plain_gradient():
         assert stats["clip_low"] == 0 and stats["clip_high"] == 0 and stats["ratio_max"] == 1
 
 
-# ------------------------------------------------------------------------------------------------ KL
+# ----------------------------------------------------------------------------------------------- KL
 
 
 def test_kl_estimators_against_the_exact_divergence():
@@ -182,7 +182,7 @@ def test_kl_gradients_are_what_the_docstring_says():
     assert not torch.allclose(reverse, forward, rtol=1e-2)
 
 
-# ----------------------------------------------------------------------------------------------- TRL
+# ---------------------------------------------------------------------------------------------- TRL
 
 
 @pytest.mark.parametrize("loss_type,loss_agg", [("dapo", "token_mean"), ("grpo", "seq_mean")])

@@ -49,7 +49,7 @@ def with_adapter(folder, quant="none", dtype=torch.float32, r=4):
 def test_stats_equal_float64_distributions_of_transformers_logits(
     model_folders, family, temperature
 ):
-    """Every token, the first one and the last included; read one position earlier than it stands."""
+    """Every token, first and last included; read one position earlier than it stands."""
     model = load_model(model_folders[family])
     tokens, prompt_len, length = batch(0)
     stats = token_stats(model, tokens, prompt_len, length, temperature)
@@ -116,7 +116,7 @@ def test_no_more_than_a_chunk_of_logits_is_held(model_folders):
 
 @pytest.mark.parametrize("quant,dtype", QUANTS)
 def test_scoring_and_update_give_the_same_bits(model_folders, quant, dtype):
-    """With and without gradients, checkpointing and full statistics: else a first ratio is not 1."""
+    """With and without gradients, checkpointing, full statistics: else a first ratio is not 1."""
     model = with_adapter(model_folders["qwen2"], quant, dtype)
     args = batch(3, n=6)
     with torch.no_grad():

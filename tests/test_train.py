@@ -168,7 +168,7 @@ def test_logged_reward_is_the_trained_one_and_random_is_the_same_again(small):
     assert [m["reward"] for m in a] != [m["reward"] for m in c]
 
 
-# ------------------------------------------------------------------------------ what enters the loss
+# ----------------------------------------------------------------------------- what enters the loss
 
 
 def rollouts(tokenizer_end=0):
@@ -318,7 +318,7 @@ def test_no_cuda_means_the_tiny_scale(monkeypatch):
     assert scale.endswith("tiny.py") and "no CUDA" in reason and "config/model" in reason
 
 
-# ---------------------------------------------------------------------------------------- real model
+# --------------------------------------------------------------------------------------- real model
 
 
 def test_a_real_model_on_real_problems(shared, tmp_path):

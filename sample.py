@@ -1,0 +1,148 @@
+"""Look at what a model writes: base and trained side by side, on one question.
+
+    python sample.py --run=out/random_reward-tiny-seed0 --row=7
+    python sample.py --run=out/random_reward-tiny-seed0 --question="Start: 7 add 5?" --n=3
+    python sample.py --model=Qwen/Qwen2.5-Math-1.5B --question="What is 2^10?"
+
+Both columns use the same random numbers, so they differ only where training made them differ.
+"""
+
+import shutil
+import textwrap
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import grade
+import tiny
+from checkpoint import read_config
+from configurator import UserError, configure, run
+from data import Problem, load_problems, prepare
+from engine import EVAL_NOISE, Progress, generate
+from eval import decode, load_for_eval
+from model import adapter_off, end_token_ids, load_model
+
+
+@dataclass
+class SampleConfig:
+    """Show what a model writes, base and trained side by side."""
+
+    # Which models
+    run: str = ""  # folder of a training run: its base model and what came of it
+    model: str = ""  # hub id, folder, or tiny / tiny_bad; alone, or the base under adapter
+    adapter: str = ""  # folder of an adapter in PEFT's format, put on the model
+    quant: Literal["none", "nf4"] = "none"  # 4-bit weights through bitsandbytes
+    # What they are asked
+    question: str = ""  # "" = take a row of the data
+    data: str = "math500"  # math500, gsm8k, a .jsonl file, a folder, a hub id, tiny
+    row: int = 0  # which row of it, from 0
+    prompt: str = "qwen_math"  # prompt format: qwen_math, simplerl, none
+    # How they answer
+    n: int = 1  # answers of each
+    temperature: float = 1.0  # 0 = greedy
+    top_p: float = 1.0  # nucleus sampling, 1 = off
+    top_k: int = 0  # sample from the k likeliest tokens, 0 = off
+    max_new_tokens: int = 1024  # response budget, tokens; less where the model has no more room
+    seed: int = 0  # of the samples
+    device: str = "auto"  # auto = cuda where there is one, else cpu
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = bfloat16 on cuda, else float32
+
+
+def fill(cfg: SampleConfig, given: dict) -> SampleConfig:
+    """What was not typed, from the run's config.json, or for the tiny world as it needs it."""
+    values = {}
+    if cfg.run:
+        saved = read_config(cfg.run)
+        names = ("model", "quant", "prompt", "temperature", "max_new_tokens", "dtype")
+        values = {name: saved[name] for name in names} | {"data": saved["eval_data"]}
+        if (Path(cfg.run) / "adapter").is_dir():
+            values["adapter"] = str(Path(cfg.run) / "adapter")
+        elif not (Path(cfg.run) / "model").is_dir():
+            raise UserError(f"--run={cfg.run}: holds no checkpoint yet: wait, or use --model")
+    elif tiny.is_tiny(cfg.model):
+        values = {"data": cfg.model, "prompt": "none"}
+    return replace(cfg, **{key: value for key, value in values.items() if key not in given})
+
+
+def printable(text: str) -> str:
+    """Text that cannot play tricks on the terminal; only newlines keep their meaning."""
+    return "".join(c if c == "\n" or c.isprintable() else "�" for c in text.expandtabs(4))
+
+
+def side_by_side(columns: list[str], width: int) -> str:
+    """Columns of text next to each other in `width` characters, wrapped, their newlines kept."""
+    each = max(16, (width - 3 * (len(columns) - 1)) // len(columns))
+    wrapped = []
+    for text in columns:
+        lines = [textwrap.wrap(line, each) or [""] for line in printable(text).split("\n")]
+        wrapped.append([part for line in lines for part in line])
+    height = max(map(len, wrapped))
+    rows = zip(*(lines + [""] * (height - len(lines)) for lines in wrapped), strict=True)
+    return "\n".join(" | ".join(part.ljust(each) for part in row).rstrip() for row in rows)
+
+
+def verdict(text: str, gold: str, finished: bool) -> str:
+    """The extracted answer and, where the gold one is known, whether it is right."""
+    answer = grade.last_boxed(text)
+    right = f", {'right' if grade.correct([text], [gold])[0] else 'wrong'}" if gold else ""
+    cut = "" if finished else ", cut off"
+    return f"[{'no answer' if answer is None else 'answer: ' + answer}{right}{cut}]"
+
+
+def answer(
+    model, tokenizer, ids: list[int], cfg: SampleConfig, name: str
+) -> list[tuple[str, bool]]:
+    """cfg.n answers to a prompt's token ids: [(text, whether it ended in time)]."""
+    room = getattr(model.config, "max_position_embeddings", None) or len(ids) + cfg.max_new_tokens
+    budget = min(cfg.max_new_tokens, room - len(ids))
+    if budget < 1:
+        raise UserError(f"the prompt has {len(ids)} tokens, the model {room} positions: no room")
+    with Progress(cfg.n, name, leave=False) as progress:
+        out = generate(
+            model, [ids], cfg.n, budget, end_token_ids(model, tokenizer), (EVAL_NOISE, cfg.seed),
+            cfg.temperature, cfg.top_p, cfg.top_k, progress=progress,
+        )  # fmt: skip
+    texts = decode(tokenizer, out.tokens, out.prompt_len, out.length)
+    return list(zip(texts, out.finished.tolist(), strict=True))
+
+
+def main(argv: list[str]) -> None:
+    cfg, sources = configure(SampleConfig, argv)
+    cfg = fill(cfg, sources.given)
+    if not cfg.model:
+        raise UserError("nothing to sample from: name --run=FOLDER or --model=...")
+    if cfg.n < 1 or cfg.max_new_tokens < 1 or cfg.temperature < 0:
+        raise UserError("n and max_new_tokens must be at least 1, temperature not negative")
+    if cfg.question:
+        problem = Problem(cfg.question, "", id="")
+    else:
+        problems = load_problems(tiny.resolve(cfg.data), "test")
+        if not 0 <= cfg.row < len(problems):
+            raise UserError(f"row={cfg.row}: {cfg.data} has rows 0 to {len(problems) - 1}")
+        problem = problems[cfg.row]
+    model, tokenizer = load_for_eval(cfg)
+    [(_, ids)], _ = prepare([problem], cfg.prompt, tokenizer, 2**31)
+
+    with adapter_off(model):  # which there may not be
+        columns = {"base": answer(model, tokenizer, ids, cfg, "base")}
+    if cfg.run and not cfg.adapter:  # full training: a model of its own
+        weights = next(model.parameters())
+        model = load_model(str(Path(cfg.run) / "model"), "none", weights.dtype, weights.device)
+    if cfg.run or cfg.adapter:
+        columns["trained"] = answer(model, tokenizer, ids, cfg, "trained")
+
+    width = shutil.get_terminal_size((120, 24)).columns
+    print(side_by_side([problem.problem], width))
+    if problem.answer:
+        print(f"gold answer: {printable(problem.answer)}")
+    for i in range(cfg.n):
+        print("-" * width + (f"\nanswer {i + 1} of {cfg.n}" if cfg.n > 1 else ""))
+        texts = []
+        for name, answers in columns.items():
+            text, finished = answers[i]
+            texts.append(f"{name}:\n\n{text}\n\n{verdict(text, problem.answer, finished)}")
+        print(side_by_side(texts, width))
+
+
+if __name__ == "__main__":
+    run(main)
