@@ -17,10 +17,12 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+import grade
 from configurator import UserError
 from model import lora_layers, save_adapter, save_tensors, trainable
 
@@ -44,13 +46,13 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"out_dir={folder}: another process is running in it") from error
-        started = (folder / "config.json").exists()
-        if started and not resume:
+        has_state = (folder / "state.safetensors").exists()
+        if (folder / "metrics.jsonl").exists() and not resume:
+            go_on = "go on with it by --resume=True, " if has_state else ""
             raise UserError(
-                f"out_dir={folder}: holds a run: go on with it by --resume=True, or name another "
-                "--out_dir, or delete it"
+                f"out_dir={folder}: holds a run: {go_on}name another --out_dir, or delete it"
             )
-        if resume and not (folder / "state.safetensors").exists():
+        if resume and not has_state:
             raise UserError(f"out_dir={folder}: nothing to resume: no checkpoint in it")
         if resume:
             self._compare(config)
@@ -116,8 +118,45 @@ class RunFolder:
         with open(self.folder / name, "a") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
 
-    def close(self) -> None:
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *error) -> None:
         self._lock.close()
+
+
+def sample_log(r, reward: torch.Tensor, advantage: torch.Tensor, n: int) -> list[dict]:
+    """n responses of the step, evenly spread over its rows."""
+    rows = np.linspace(0, len(r.text) - 1, min(n, len(r.text))).round().astype(int).tolist()
+    return [
+        {
+            "step": r.step,
+            "row": i,
+            "problem": r.problem[i].problem,
+            "answer": r.problem[i].answer,
+            "response": r.text[i],
+            "reward": reward[i].item(),
+            "advantage": advantage[i].item(),
+            "correct": bool(grade.correct([r.text[i]], [r.problem[i].answer])[0]),
+        }
+        for i in rows
+    ]
+
+
+def summary_table(history: list[dict], folder: Path) -> None:
+    """Print where the run began and ended."""
+    steps = [m for m in history if "reward" in m]
+    evals = [m for m in history if "eval_accuracy" in m]
+    print(f"\n{'':<24}{'first':>10}{'last':>10}")
+    columns = [("eval_accuracy", evals), ("eval_stderr", evals), ("eval_code_frequency", evals)]
+    keys = "reward accuracy code_frequency boxed length entropy clip_frac_low clip_frac_high kl"
+    columns += [(key, steps) for key in keys.split()]
+    for key, rows in columns:
+        if rows and rows[0].get(key) is not None and rows[-1].get(key) is not None:
+            print(f"{key:<24}{rows[0][key]:>10.4f}{rows[-1][key]:>10.4f}")
+    seconds = sum(m["seconds"] for m in steps)
+    print(f"{len(steps)} steps, {seconds / 60:.1f} min; run folder {folder}")
+    print(f"look at it: python -m tools.plot {folder}   python sample.py --run={folder}")
 
 
 def read_config(folder: Path | str) -> dict:

@@ -332,9 +332,12 @@ def save_tensors(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     tensors = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
-    # save_file reports a full disk as its own exception; bytes are checked by the rename's order.
-    save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
-    os.replace(temporary, path)
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
+        os.replace(temporary, path)
+    except SafetensorError as error:  # its name for a full disk, among others
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written: {error}") from error
 
 
 def save_adapter(model: nn.Module, folder: Path | str, base: str) -> None:

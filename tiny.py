@@ -149,8 +149,8 @@ def make_model(tokenizer, seed: int) -> torch.nn.Module:
         max_position_embeddings=256,
         tie_word_embeddings=True,
         attention_bias=True,
-        # 0.02 is for wide models. Here it would leave the first tokens of the two habits so close in
-        # the tied embedding that an adapter, which cannot move it, never tells them apart.
+        # 0.02 is for wide models. Here it would leave the first tokens of the two habits so close
+        # in the tied embedding that an adapter, which cannot move it, never tells them apart.
         initializer_range=0.1,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -244,7 +244,11 @@ def build(family: str, folder: Path, seed: int = 0, steps: int = TRAIN_STEPS) ->
                 keys = ("id", "problem", "answer", "level")
                 lines = (json.dumps({k: getattr(p, k) for k in keys}) for p in rows)
                 (work / sub / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-        train_base(family, tokenizer, seed, steps).save_pretrained(work)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # at this size a second thread costs more than it brings
+        model = train_base(family, tokenizer, seed, steps)
+        torch.set_num_threads(threads)
+        model.save_pretrained(work)
         tokenizer.save_pretrained(work)
         os.chmod(work, 0o755)
         try:

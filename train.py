@@ -26,10 +26,9 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -39,12 +38,11 @@ import grade
 import grpo
 import rewards
 import tiny
-from checkpoint import RunFolder, read_config
+from checkpoint import RunFolder, sample_log, summary_table
 from configurator import UserError, configure, format_config, run
 from data import Rollouts, batch_indices, drop_overlap, load_problems, partition, prepare, subset
 from engine import TRAIN_NOISE, Progress, generate
 from eval import check_positions, choose_device, decode, evaluate, save_rows
-from grpo import AdvNorm, Clip, KLType, LossAgg
 from model import (
     add_lora,
     checkpoint_activations,
@@ -55,140 +53,7 @@ from model import (
     token_stats,
     trainable,
 )
-
-
-@dataclass
-class Config:
-    """Every knob of a training run; the defaults are the papers', the learning rate excepted."""
-
-    # Model
-    model: str = "Qwen/Qwen2.5-Math-1.5B"  # hub id, local folder, or tiny / tiny_bad
-    quant: Literal["none", "nf4"] = "nf4"  # 4-bit weights through bitsandbytes, or plain ones
-    lora_r: int = 32  # rank of the adapter; 0 trains all weights (quant=none, float32)
-    lora_alpha: int = 64  # the adapter is scaled by alpha / r
-    gradient_checkpointing: bool = True  # recompute activations in backward: less memory, slower
-    # Data
-    train_data: str = (
-        "deepscaler"  # deepscaler, math_train, gsm8k, a file, a folder, a hub id, tiny
-    )
-    eval_data: str = "math500"  # likewise; its problems are dropped from train_data
-    prompt: str = "qwen_math"  # prompt format: qwen_math, simplerl, none
-    max_prompt_tokens: int = 1024  # longer prompts are dropped, and counted
-    max_new_tokens: int = 3072  # response budget, tokens
-    # Reward
-    reward: str = "ground_truth"  # expression, e.g. random(0.5), format & ~python; see rewards.py
-    truncated: Literal["keep", "mask", "zero"] = "keep"  # cut-off: as any, out of loss, reward 0
-    # Step
-    steps: int = 300  # steps of the run
-    prompts_per_step: int = 64  # prompts sampled a step
-    group_size: int = 16  # responses a prompt
-    updates_per_step: int = 8  # optimiser updates a step, on disjoint shuffled mini-batches
-    temperature: float = 1.0  # of sampling and of scoring alike
-    # Loss
-    adv_norm: AdvNorm = "group"  # group: (r - mean) / std; group_mean: r - mean (Dr. GRPO)
-    clip: Clip = "both"  # which side of the ratio is clipped: both, high, low, off
-    clip_low: float = 0.2  # ratios below 1 - clip_low are clipped
-    clip_high: float = 0.2  # ratios above 1 + clip_high are clipped
-    loss_agg: LossAgg = "token_mean"  # token_mean (DAPO) or seq_mean (GRPO), over the mini-batch
-    kl_coef: float = 0.0  # weight of the KL to the base model in the loss
-    kl_type: KLType = (
-        "k3"  # its estimator: k1, k2, k3 (see grpo.kl for what each one's gradient is)
-    )
-    # Optimiser: AdamW
-    lr: float = 1e-5  # LoRA wants more than full training's 5e-7: aim at a clip fraction near 1e-3
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # to 0 at the last update
-    warmup: float = 0.0  # share of all updates over which lr rises linearly
-    adam_betas: tuple[float, float] = (0.9, 0.95)  # decay of the moments
-    weight_decay: float = 0.0  # decoupled
-    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
-    # Memory and machine
-    micro_batch_tokens: int = 8192  # padded prompt + response tokens a forward and backward
-    rollout_rows: int = 128  # rows decoded at once: bounds the KV cache
-    device: str = "auto"  # auto = cuda where there is one, else cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = bfloat16 on cuda, else float32
-    # Eval, logs, checkpoints
-    eval_every: int = 50  # steps between evals; one comes before the first step; 0 = never
-    eval_n: int = 0  # eval problems, the same ones whatever the seed; 0 = all
-    eval_k: int = 1  # samples a problem (avg@k)
-    eval_temperature: float = 0.0  # 0 = greedy
-    log_samples: int = 4  # responses a step in samples.jsonl
-    save_every: int = 25  # steps between checkpoints; the last step has one; 0 = only that
-    seed: int = 0  # of data order, sampling, partition, adapter and random rewards
-    out_dir: str = ""  # run folder; "" = out/EXPERIMENT-SCALE-seedSEED
-    resume: bool = False  # go on from the checkpoint in out_dir
-
-
-# ---------------------------------------------------------------------------- choosing and checking
-
-
-def choose_scale(given: dict) -> tuple[str | dict, str]:
-    """The scale when none is named: the resumed run's own, else what fits this machine."""
-    if given.get("resume") and given.get("out_dir"):
-        return read_config(given["out_dir"]), f"the configuration of {given['out_dir']}"
-    how = "choose by naming one, e.g. config/model/tiny.py"
-    big, small = "config/model/qwen2.5_math_1.5b.py", "config/model/tiny.py"
-    if not torch.cuda.is_available():
-        return small, f"no CUDA here; {how}"
-    memory = torch.cuda.get_device_properties(0).total_memory / 1e9
-    if memory < 20:
-        return small, f"the GPU has {memory:.0f} GB, {big} wants 20; {how}"
-    model = given.get("model", Config.model)
-    if not _within_reach(model):
-        return small, f"{model} is neither on disk nor is a hub within reach; {how}"
-    return big, f"CUDA with {memory:.0f} GB; {how}"
-
-
-def _within_reach(model: str) -> bool:
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    if Path(model).is_dir() or isinstance(try_to_load_from_cache(model, "config.json"), str):
-        return True
-    try:
-        HfApi().model_info(model, timeout=5)
-        return True
-    except Exception:  # offline, refused, unknown: whatever the reason, it is not within reach
-        return False
-
-
-def check(cfg: Config) -> list[str]:
-    """Refuse settings that cannot work (UserError); return a warning for each that cannot act."""
-    whole = ("steps", "prompts_per_step", "group_size", "updates_per_step", "max_prompt_tokens",
-             "max_new_tokens", "micro_batch_tokens", "rollout_rows", "eval_k")  # fmt: skip
-    for key in whole:
-        if getattr(cfg, key) < 1:
-            raise UserError(f"{key}={getattr(cfg, key)}: must be at least 1")
-    no_less = ("lora_r", "lr", "kl_coef", "clip_low", "clip_high", "weight_decay", "warmup", "seed",
-               "eval_every", "eval_n", "eval_temperature", "save_every", "log_samples")  # fmt: skip
-    for key in no_less:
-        if getattr(cfg, key) < 0:
-            raise UserError(f"{key}={getattr(cfg, key)}: must not be negative")
-    if cfg.temperature <= 0 or cfg.max_grad_norm <= 0 or cfg.warmup > 1:
-        raise UserError("temperature and max_grad_norm must be above 0, warmup a share up to 1")
-    B = cfg.prompts_per_step * cfg.group_size
-    if B < cfg.updates_per_step:
-        raise UserError(f"updates_per_step={cfg.updates_per_step}: a step has only {B} responses")
-    if cfg.lora_r == 0 and cfg.quant != "none":
-        raise UserError("lora_r=0 trains all weights, which 4-bit ones cannot: add --quant=none")
-
-    warnings = []
-    if cfg.group_size == 1:
-        warnings.append("group_size=1: every advantage is 0, so the reward teaches nothing")
-    if cfg.clip != "off" and cfg.updates_per_step == 1:
-        warnings.append(f"clip={cfg.clip} cannot act: with updates_per_step=1 every ratio is 1")
-    if cfg.clip in ("off", "high") and cfg.clip_low != Config.clip_low:
-        warnings.append(f"clip_low={cfg.clip_low} cannot act with clip={cfg.clip}")
-    if cfg.clip in ("off", "low") and cfg.clip_high != Config.clip_high:
-        warnings.append(f"clip_high={cfg.clip_high} cannot act with clip={cfg.clip}")
-    if cfg.kl_coef == 0 and cfg.kl_type != Config.kl_type:
-        warnings.append(f"kl_type={cfg.kl_type} cannot act with kl_coef=0")
-    if cfg.eval_k > 1 and cfg.eval_temperature == 0:
-        warnings.append(
-            f"eval_k={cfg.eval_k} cannot act: greedy samples (eval_temperature=0) agree"
-        )
-    if cfg.lr == 0:
-        warnings.append("lr=0: nothing is learned (a null test)")
-    return warnings
-
+from settings import Config, check, choose_scale, learning_rate
 
 # ---------------------------------------------------------------------------------------- the step
 
@@ -308,17 +173,6 @@ def update(model, optimizer, rollouts: Rollouts, advantage, parts, cfg: Config, 
     }
 
 
-def learning_rate(cfg: Config, update_index: int) -> float:
-    """The rate of an update, counted from 0 over the whole run."""
-    total = cfg.steps * cfg.updates_per_step
-    warm = cfg.warmup * total
-    if update_index < warm:
-        return cfg.lr * (update_index + 1) / math.ceil(warm)
-    done = (update_index - warm) / max(total - warm, 1)  # in [0, 1)
-    shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
-    return cfg.lr * shape[cfg.lr_schedule]
-
-
 def describe(r: Rollouts, reward: torch.Tensor) -> dict:
     """The step's metrics that the rollouts alone decide, before any update."""
     tokens = r.length.sum().item()
@@ -421,84 +275,91 @@ def train(cfg: Config) -> list[dict]:
     n_trainable = sum(p.numel() for p in trainable(model).values())
     print(f"{n_trainable:,} trainable parameters; {worst_case(model, cfg)}")
 
-    first, history = 1, []
-    if cfg.resume:
-        first = folder.load_state(model, optimizer) + 1
-        history = folder.truncate_logs(first - 1)
-        print(f"resumed after step {first - 1}")
+    with folder, _StopOnCtrlC() as stop:
+        first, history = 1, []
+        if cfg.resume:
+            first = folder.load_state(model, optimizer) + 1
+            history = folder.truncate_logs(first - 1)
+            print(f"resumed after step {first - 1}")
 
-    def run_eval(step: int) -> dict:
-        summary, rows = evaluate(
-            model, tokenizer, eval_items, cfg.eval_k, cfg.eval_temperature, cfg.max_new_tokens,
-            rollout_rows=cfg.rollout_rows, desc=f"eval at step {step}",
-        )  # fmt: skip
-        save_rows(rows, folder.folder / "eval" / f"step_{step:05d}.jsonl")
-        return {f"eval_{key}": value for key, value in summary.items()}
+        def run_eval(step: int) -> dict:
+            summary, rows = evaluate(
+                model, tokenizer, eval_items, cfg.eval_k, cfg.eval_temperature, cfg.max_new_tokens,
+                rollout_rows=cfg.rollout_rows, desc=f"eval at step {step}",
+            )  # fmt: skip
+            save_rows(rows, folder.folder / "eval" / f"step_{step:05d}.jsonl")
+            return {f"eval_{key}": value for key, value in summary.items()}
 
-    def log(metrics: dict) -> None:
-        history.append(metrics)
-        folder.log("metrics.jsonl", [metrics])
+        def log(metrics: dict) -> None:
+            history.append(metrics)
+            folder.log("metrics.jsonl", [metrics])
 
-    if first == 1 and cfg.eval_every:
-        log({"step": 0, **run_eval(0)})
-    stop = _StopOnCtrlC()
-    bar = tqdm(range(first, cfg.steps + 1), desc=cfg.reward, initial=first - 1, total=cfg.steps)
-    for step in bar:
-        t0 = time.perf_counter()
-        rollouts = sample_rollouts(model, tokenizer, items, cfg, step)
-        t1 = time.perf_counter()
-        total_len = (rollouts.prompt_len + rollouts.length).tolist()
-        parts = partition(total_len, cfg.updates_per_step, cfg.micro_batch_tokens, cfg.seed, step)
-        score(model, base, rollouts, parts, cfg)
-        t2 = time.perf_counter()
-        reward = reward_fn(rollouts)  # [B]
-        if cfg.truncated == "zero":
-            reward = reward * rollouts.finished
-        advantage = grpo.advantages(reward, cfg.group_size, cfg.adv_norm)
-        metrics = {"step": step, **describe(rollouts, reward)}
-        t3 = time.perf_counter()
-        done = (step - 1) * cfg.updates_per_step
-        lrs = [learning_rate(cfg, done + i) for i in range(cfg.updates_per_step)]
-        metrics |= update(model, optimizer, rollouts, advantage, parts, cfg, lrs)
-        t4 = time.perf_counter()
-        metrics |= {
-            "tokens_per_s": rollouts.length.sum().item() / (t1 - t0),
-            "seconds": t4 - t0,
-            "seconds_sample": t1 - t0,
-            "seconds_score": t2 - t1,
-            "seconds_reward": t3 - t2,
-            "seconds_update": t4 - t3,
-            "peak_memory_gb": peak_memory(),
-        }
-        last = step == cfg.steps or stop.asked
-        if cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps):
-            metrics |= run_eval(step)
-        log(metrics)
-        folder.log("samples.jsonl", sample_log(rollouts, reward, advantage, cfg.log_samples))
-        if last or (cfg.save_every and step % cfg.save_every == 0):
-            folder.save_state(model, optimizer, step)
-        clipped = metrics["clip_frac_low"] + metrics["clip_frac_high"]
-        bar.set_postfix_str(
-            f"reward {metrics['reward']:.3f} acc {metrics['accuracy']:.3f} clip {clipped:.1e} "
-            f"code {metrics['code_frequency']:.3f} {metrics['tokens_per_s']:,.0f} tok/s"
-        )
-        if stop.asked and step < cfg.steps:
-            bar.close()
-            folder.close()
-            print(f"stopped after step {step}, saved: --resume=True goes on")
-            raise KeyboardInterrupt
-    folder.close()
-    summary_table(history, cfg)
+        if first == 1 and cfg.eval_every:
+            log({"step": 0, **run_eval(0)})
+        bar = tqdm(range(first, cfg.steps + 1), desc=cfg.reward, initial=first - 1, total=cfg.steps)
+        for step in bar:
+            t0 = time.perf_counter()
+            rollouts = sample_rollouts(model, tokenizer, items, cfg, step)
+            t1 = time.perf_counter()
+            total_len = (rollouts.prompt_len + rollouts.length).tolist()
+            parts = partition(
+                total_len, cfg.updates_per_step, cfg.micro_batch_tokens, cfg.seed, step
+            )
+            score(model, base, rollouts, parts, cfg)
+            t2 = time.perf_counter()
+            reward = reward_fn(rollouts)  # [B]
+            if cfg.truncated == "zero":
+                reward = reward * rollouts.finished
+            advantage = grpo.advantages(reward, cfg.group_size, cfg.adv_norm)
+            metrics = {"step": step, **describe(rollouts, reward)}
+            t3 = time.perf_counter()
+            done = (step - 1) * cfg.updates_per_step
+            lrs = [learning_rate(cfg, done + i) for i in range(cfg.updates_per_step)]
+            metrics |= update(model, optimizer, rollouts, advantage, parts, cfg, lrs)
+            t4 = time.perf_counter()
+            metrics |= {
+                "tokens_per_s": rollouts.length.sum().item() / (t1 - t0),
+                "seconds": t4 - t0,
+                "seconds_sample": t1 - t0,
+                "seconds_score": t2 - t1,
+                "seconds_reward": t3 - t2,
+                "seconds_update": t4 - t3,
+                "peak_memory_gb": peak_memory(),
+            }
+            last = step == cfg.steps or stop.asked
+            if cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps):
+                metrics |= run_eval(step)
+            log(metrics)
+            folder.log("samples.jsonl", sample_log(rollouts, reward, advantage, cfg.log_samples))
+            if last or (cfg.save_every and step % cfg.save_every == 0):
+                folder.save_state(model, optimizer, step)
+            clipped = metrics["clip_frac_low"] + metrics["clip_frac_high"]
+            bar.set_postfix_str(
+                f"reward {metrics['reward']:.3f} acc {metrics['accuracy']:.3f} clip {clipped:.1e} "
+                f"code {metrics['code_frequency']:.3f} {metrics['tokens_per_s']:,.0f} tok/s"
+            )
+            if stop.asked and step < cfg.steps:
+                bar.close()
+                print(f"stopped after step {step}, saved: --resume=True goes on")
+                raise KeyboardInterrupt
+    summary_table(history, folder.folder)
     return history
 
 
 class _StopOnCtrlC:
     """The first Ctrl-C lets the step end and saves; the second stops at once."""
 
-    def __init__(self) -> None:
-        self.asked = False
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._ask)
+    asked = False
+
+    def __enter__(self) -> "_StopOnCtrlC":
+        self.main = threading.current_thread() is threading.main_thread()  # else no signals
+        if self.main:
+            self.before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.main:
+            signal.signal(signal.SIGINT, self.before)
 
     def _ask(self, *_) -> None:
         self.asked = True
@@ -506,47 +367,9 @@ class _StopOnCtrlC:
         tqdm.write("stopping after this step; Ctrl-C again stops at once, without saving it")
 
 
-def sample_log(r: Rollouts, reward: torch.Tensor, advantage: torch.Tensor, n: int) -> list[dict]:
-    """n responses of the step, evenly spread over its rows."""
-    rows = np.linspace(0, len(r.text) - 1, min(n, len(r.text))).round().astype(int).tolist()
-    return [
-        {
-            "step": r.step,
-            "row": i,
-            "problem": r.problem[i].problem,
-            "answer": r.problem[i].answer,
-            "response": r.text[i],
-            "reward": reward[i].item(),
-            "advantage": advantage[i].item(),
-            "correct": bool(grade.correct([r.text[i]], [r.problem[i].answer])[0]),
-        }
-        for i in rows
-    ]
-
-
-def summary_table(history: list[dict], cfg: Config) -> None:
-    """Print where the run began and ended."""
-    steps = [m for m in history if "reward" in m]
-    evals = [m for m in history if "eval_accuracy" in m]
-    print(f"\n{'':<24}{'first':>10}{'last':>10}")
-    columns = [("eval_accuracy", evals), ("eval_stderr", evals), ("eval_code_frequency", evals)]
-    keys = "reward accuracy code_frequency boxed length entropy clip_frac_low clip_frac_high kl"
-    columns += [(key, steps) for key in keys.split()]
-    for key, rows in columns:
-        if rows and rows[0].get(key) is not None and rows[-1].get(key) is not None:
-            print(f"{key:<24}{rows[0][key]:>10.4f}{rows[-1][key]:>10.4f}")
-    seconds = sum(m["seconds"] for m in steps)
-    print(f"{len(steps)} steps, {seconds / 60:.1f} min; run folder {cfg.out_dir}")
-    print(f"look at it: python -m tools.plot {cfg.out_dir}   python sample.py --run={cfg.out_dir}")
-
-
 def main(argv: list[str]) -> None:
     cfg, sources = configure(Config, argv, choose_scale)
-    print(
-        f"scale: {sources.scale} ({sources.reason})"
-        if sources.reason
-        else f"scale: {sources.scale}"
-    )
+    print(f"scale: {sources.scale}" + (f" ({sources.reason})" if sources.reason else ""))
     if not cfg.out_dir:
         experiment = "-".join(sources.experiments) or "train"
         cfg.out_dir = f"out/{experiment}-{sources.scale}-seed{cfg.seed}"

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a hub
+torch.set_num_threads(1)  # small tensors: a second thread costs more than it brings
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -12,7 +12,8 @@ from checkpoint import RunFolder, read_jsonl
 from configurator import UserError
 from data import Rollouts, partition
 from model import add_lora, load_model, lora_layers, trainable
-from train import Config, check, learning_rate, train
+from settings import Config, check, choose_scale, learning_rate
+from train import train
 
 
 @pytest.fixture
@@ -123,10 +124,10 @@ def test_a_folder_with_a_run_is_refused_and_resume_says_what_changed(small, caps
 def test_two_runs_in_one_folder(small):
     from pathlib import Path
 
-    held = RunFolder(Path(small.out_dir), {"model": "x"}, resume=False)
-    with pytest.raises(UserError, match="another process"):
-        train(small)
-    held.close()
+    with RunFolder(Path(small.out_dir), {"model": "x"}, resume=False):
+        with pytest.raises(UserError, match="another process"):
+            train(small)
+    assert len(train(small)) == 2
 
 
 def test_a_damaged_state_is_one_line(small):
@@ -314,7 +315,7 @@ def test_mistakes_are_one_line_and_leave_no_run_behind(small, changes, word, tmp
 
 def test_no_cuda_means_the_tiny_scale(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    scale, reason = trainer.choose_scale({})
+    scale, reason = choose_scale({})
     assert scale.endswith("tiny.py") and "no CUDA" in reason and "config/model" in reason
 
 

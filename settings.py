@@ -1,0 +1,153 @@
+"""Every knob of a training run, which scale a machine gets, and settings that cannot work."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from checkpoint import read_config
+from configurator import UserError
+from grpo import AdvNorm, Clip, KLType, LossAgg
+
+
+@dataclass
+class Config:
+    """Every knob of a training run; the defaults are the papers', the learning rate excepted."""
+
+    # Model
+    model: str = "Qwen/Qwen2.5-Math-1.5B"  # hub id, local folder, or tiny / tiny_bad
+    quant: Literal["none", "nf4"] = "nf4"  # 4-bit weights through bitsandbytes, or plain ones
+    lora_r: int = 32  # rank of the adapter; 0 trains all weights (quant=none, float32)
+    lora_alpha: int = 64  # the adapter is scaled by alpha / r
+    gradient_checkpointing: bool = True  # recompute activations in backward: less memory, slower
+    # Data
+    train_data: str = (
+        "deepscaler"  # deepscaler, math_train, gsm8k, a file, a folder, a hub id, tiny
+    )
+    eval_data: str = "math500"  # likewise; its problems are dropped from train_data
+    prompt: str = "qwen_math"  # prompt format: qwen_math, simplerl, none
+    max_prompt_tokens: int = 1024  # longer prompts are dropped, and counted
+    max_new_tokens: int = 3072  # response budget, tokens
+    # Reward
+    reward: str = "ground_truth"  # expression, e.g. random(0.5), format & ~python; see rewards.py
+    truncated: Literal["keep", "mask", "zero"] = "keep"  # cut-off: as any, out of loss, reward 0
+    # Step
+    steps: int = 300  # steps of the run
+    prompts_per_step: int = 64  # prompts sampled a step
+    group_size: int = 16  # responses a prompt
+    updates_per_step: int = 8  # optimiser updates a step, on disjoint shuffled mini-batches
+    temperature: float = 1.0  # of sampling and of scoring alike
+    # Loss
+    adv_norm: AdvNorm = "group"  # group: (r - mean) / std; group_mean: r - mean (Dr. GRPO)
+    clip: Clip = "both"  # which side of the ratio is clipped: both, high, low, off
+    clip_low: float = 0.2  # ratios below 1 - clip_low are clipped
+    clip_high: float = 0.2  # ratios above 1 + clip_high are clipped
+    loss_agg: LossAgg = "token_mean"  # token_mean (DAPO) or seq_mean (GRPO), over the mini-batch
+    kl_coef: float = 0.0  # weight of the KL to the base model in the loss
+    kl_type: KLType = (
+        "k3"  # its estimator: k1, k2, k3 (see grpo.kl for what each one's gradient is)
+    )
+    # Optimiser: AdamW
+    lr: float = 1e-5  # LoRA wants more than full training's 5e-7: aim at a clip fraction near 1e-3
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # to 0 at the last update
+    warmup: float = 0.0  # share of all updates over which lr rises linearly
+    adam_betas: tuple[float, float] = (0.9, 0.95)  # decay of the moments
+    weight_decay: float = 0.0  # decoupled
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
+    # Memory and machine
+    micro_batch_tokens: int = 8192  # padded prompt + response tokens a forward and backward
+    rollout_rows: int = 128  # rows decoded at once: bounds the KV cache
+    device: str = "auto"  # auto = cuda where there is one, else cpu
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = bfloat16 on cuda, else float32
+    # Eval, logs, checkpoints
+    eval_every: int = 50  # steps between evals; one comes before the first step; 0 = never
+    eval_n: int = 0  # eval problems, the same ones whatever the seed; 0 = all
+    eval_k: int = 1  # samples a problem (avg@k)
+    eval_temperature: float = 0.0  # 0 = greedy
+    log_samples: int = 4  # responses a step in samples.jsonl
+    save_every: int = 25  # steps between checkpoints; the last step has one; 0 = only that
+    seed: int = 0  # of data order, sampling, partition, adapter and random rewards
+    out_dir: str = ""  # run folder; "" = out/EXPERIMENT-SCALE-seedSEED
+    resume: bool = False  # go on from the checkpoint in out_dir
+
+
+def choose_scale(given: dict) -> tuple[str | dict, str]:
+    """The scale when none is named: the resumed run's own, else what fits this machine."""
+    if given.get("resume") and given.get("out_dir"):
+        return read_config(given["out_dir"]), f"the configuration of {given['out_dir']}"
+    how = "choose by naming one, e.g. config/model/tiny.py"
+    big, small = "config/model/qwen2.5_math_1.5b.py", "config/model/tiny.py"
+    if not torch.cuda.is_available():
+        return small, f"no CUDA here; {how}"
+    memory = torch.cuda.get_device_properties(0).total_memory / 1e9
+    if memory < 20:
+        return small, f"the GPU has {memory:.0f} GB, {big} wants 20; {how}"
+    model = given.get("model", Config.model)
+    if not _within_reach(model):
+        return small, f"{model} is neither on disk nor is a hub within reach; {how}"
+    return big, f"CUDA with {memory:.0f} GB; {how}"
+
+
+def _within_reach(model: str) -> bool:
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if Path(model).is_dir() or isinstance(try_to_load_from_cache(model, "config.json"), str):
+        return True
+    try:
+        HfApi().model_info(model, timeout=5)
+        return True
+    except Exception:  # offline, refused, unknown: whatever the reason, it is not within reach
+        return False
+
+
+def check(cfg: Config) -> list[str]:
+    """Refuse settings that cannot work (UserError); return a warning for each that cannot act."""
+    whole = ("steps", "prompts_per_step", "group_size", "updates_per_step", "max_prompt_tokens",
+             "max_new_tokens", "micro_batch_tokens", "rollout_rows", "eval_k")  # fmt: skip
+    for key in whole:
+        if getattr(cfg, key) < 1:
+            raise UserError(f"{key}={getattr(cfg, key)}: must be at least 1")
+    no_less = ("lora_r", "lr", "kl_coef", "clip_low", "clip_high", "weight_decay", "warmup", "seed",
+               "eval_every", "eval_n", "eval_temperature", "save_every", "log_samples")  # fmt: skip
+    for key in no_less:
+        if getattr(cfg, key) < 0:
+            raise UserError(f"{key}={getattr(cfg, key)}: must not be negative")
+    if cfg.temperature <= 0 or cfg.max_grad_norm <= 0 or cfg.warmup > 1:
+        raise UserError("temperature and max_grad_norm must be above 0, warmup a share up to 1")
+    B = cfg.prompts_per_step * cfg.group_size
+    if B < cfg.updates_per_step:
+        raise UserError(f"updates_per_step={cfg.updates_per_step}: a step has only {B} responses")
+    if cfg.lora_r == 0 and cfg.quant != "none":
+        raise UserError("lora_r=0 trains all weights, which 4-bit ones cannot: add --quant=none")
+
+    warnings = []
+    if cfg.group_size == 1:
+        warnings.append("group_size=1: every advantage is 0, so the reward teaches nothing")
+    if cfg.clip != "off" and cfg.updates_per_step == 1:
+        warnings.append(f"clip={cfg.clip} cannot act: with updates_per_step=1 every ratio is 1")
+    if cfg.clip in ("off", "high") and cfg.clip_low != Config.clip_low:
+        warnings.append(f"clip_low={cfg.clip_low} cannot act with clip={cfg.clip}")
+    if cfg.clip in ("off", "low") and cfg.clip_high != Config.clip_high:
+        warnings.append(f"clip_high={cfg.clip_high} cannot act with clip={cfg.clip}")
+    if cfg.kl_coef == 0 and cfg.kl_type != Config.kl_type:
+        warnings.append(f"kl_type={cfg.kl_type} cannot act with kl_coef=0")
+    if cfg.eval_k > 1 and cfg.eval_temperature == 0:
+        warnings.append(
+            f"eval_k={cfg.eval_k} cannot act: greedy samples (eval_temperature=0) agree"
+        )
+    if cfg.lr == 0:
+        warnings.append("lr=0: nothing is learned (a null test)")
+    return warnings
+
+
+def learning_rate(cfg: Config, update_index: int) -> float:
+    """The rate of an update, counted from 0 over the whole run."""
+    total = cfg.steps * cfg.updates_per_step
+    warm = cfg.warmup * total
+    if update_index < warm:
+        return cfg.lr * (update_index + 1) / math.ceil(warm)
+    done = (update_index - warm) / max(total - warm, 1)  # in [0, 1)
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return cfg.lr * shape[cfg.lr_schedule]

@@ -1,0 +1,86 @@
+"""What only CUDA can show: `make test-gpu`. Skipped elsewhere."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+import tiny
+from engine import TRAIN_NOISE, generate
+from model import load_model, token_stats
+from settings import Config
+from train import train
+
+pytestmark = pytest.mark.gpu
+
+
+def test_greedy_equals_generate_on_the_gpu(model_folders):
+    prompts = [[5, 6, 7, 8, 9], [12, 13], [20]]
+    for folder in model_folders.values():
+        model = load_model(folder, device="cuda")
+        plain = AutoModelForCausalLM.from_pretrained(folder).to("cuda")
+        g = generate(model, prompts, 1, 100, [3], (TRAIN_NOISE, 0, 0), temperature=0)
+        for i, prompt in enumerate(prompts):
+            out = plain.generate(
+                torch.tensor([prompt], device="cuda"), max_new_tokens=100, do_sample=False,
+                eos_token_id=3, pad_token_id=0,
+            )[0, len(prompt) :].tolist()  # fmt: skip
+            p, n = len(prompt), int(g.length[i])
+            assert g.tokens[i, p : p + n].tolist() == out
+
+
+def test_sampler_and_scores_agree_on_the_gpu(model_folders):
+    model = load_model(model_folders["qwen2"], device="cuda")
+    g = generate(model, [[5, 6, 7], [8]], 16, 50, [3], (TRAIN_NOISE, 0, 0))
+    parts = (t.cuda() for t in (g.tokens, g.prompt_len, g.length))
+    scored = token_stats(model, *parts).logp.cpu()
+    assert torch.allclose(scored, g.sampler_logp, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_with_lr_0_every_ratio_is_exactly_1_on_the_gpu(tiny_random, tmp_path, dtype, quant):
+    cfg = Config(
+        model=tiny_random, quant=quant, train_data=tiny_random, eval_data=tiny_random,
+        prompt="none", max_prompt_tokens=32, max_new_tokens=40, reward="random(0.5)", steps=2,
+        prompts_per_step=8, group_size=8, micro_batch_tokens=400, lr=0.0, eval_every=0,
+        device="cuda", dtype=dtype, out_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+    for m in train(cfg):
+        assert m["ratio_mean"] == 1 and m["ratio_max"] == 1
+        assert m["clip_frac_low"] == 0 and m["clip_frac_high"] == 0
+    moved = train(replace(cfg, lr=1e-3, out_dir=str(tmp_path / "moved")))
+    assert moved[-1]["ratio_max"] > 1 and moved[-1]["kl"] > 0
+
+
+def test_a_step_of_the_1_5b_shape_in_nf4(tiny_random, tmp_path):
+    """Random weights of Qwen2.5-1.5B's shape; prints the peak memory and the phases' seconds."""
+    config = Qwen2Config(
+        vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
+        num_attention_heads=12, num_key_value_heads=2, max_position_embeddings=4096,
+        rope_theta=1e6, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
+    )  # fmt: skip
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    folder = tmp_path / "shape"
+    model.save_pretrained(folder)
+    tiny.make_tokenizer().save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    cfg = Config(
+        model=str(folder), quant="nf4", train_data=tiny_random, eval_data=tiny_random,
+        prompt="none", max_prompt_tokens=512, max_new_tokens=1024, reward="random(0.5)", steps=1,
+        prompts_per_step=4, group_size=8, micro_batch_tokens=8192, rollout_rows=32, eval_every=0,
+        device="cuda", dtype="bfloat16", out_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+    (m,) = train(cfg)
+    print(
+        {
+            k: round(v, 3)
+            for k, v in m.items()
+            if k.startswith(("seconds", "tokens", "peak", "sampler"))
+        }
+    )
+    assert m["grad_norm"] > 0 and m["peak_memory_gb"] < 24
