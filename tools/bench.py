@@ -30,6 +30,7 @@ from data import Problem, Rollouts, partition
 from engine import TRAIN_NOISE, generate
 from eval import check_positions, choose_device
 from model import add_lora, checkpoint_activations, load_model, reference, trainable
+from settings import Config
 
 # Qwen2 shapes; those of the released models are in their config.json.
 SHAPES = {
@@ -70,7 +71,7 @@ class BenchConfig:
 
 
 def random_model(arch: str, folder: Path, dtype: torch.dtype) -> None:
-    """Save random weights of a shape as an ordinary model folder, so that loading is the real one."""
+    """Save random weights as an ordinary model folder, so that loading them is the real thing."""
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     torch.manual_seed(0)
@@ -113,7 +114,7 @@ def bench(cfg: BenchConfig) -> dict:
     """Run the steps; returns the configuration, seconds and response tokens/s of each phase."""
     device, dtype = choose_device(cfg.device, cfg.dtype)
     model = load(cfg, device, dtype)
-    settings = train.Config(lr=1e-6, updates_per_step=cfg.updates)
+    settings = Config(lr=1e-6, updates_per_step=cfg.updates)
     optimizer = torch.optim.AdamW(trainable(model).values(), settings.lr)
     B = cfg.prompts * cfg.group
     advantage = torch.ones(B)
@@ -181,8 +182,8 @@ def main(argv: list[str]) -> None:
     if cfg.lora_r == 0 and cfg.quant != "none":
         raise UserError("lora_r=0 trains all weights, which 4-bit ones cannot: add --quant=none")
     result = bench(cfg)
-    print(f"{result['device']}, {result['threads']} threads; {result['model']}, {result['dtype']}, "
-          f"quant={cfg.quant}, lora_r={cfg.lora_r}")  # fmt: skip
+    print(f"{result['device']}, threads: {result['threads']}; {result['model']}, "
+          f"{result['dtype']}, quant={cfg.quant}, lora_r={cfg.lora_r}")  # fmt: skip
     print(f"{cfg.prompts} x {cfg.group} responses of {cfg.new_tokens} tokens, prompts of "
           f"{cfg.prompt_tokens}; median of {cfg.repeats}\n")  # fmt: skip
     print(f"{'':<8}{'seconds':>10}{'response tokens/s':>20}")

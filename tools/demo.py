@@ -1,6 +1,6 @@
 """Four rewards on the tiny world, a few seeds each, one figure and one table: minutes on two cores.
 
-    python -m tools.demo --out=out/demo --seeds=3 --steps=60 --jobs=2
+    python -m tools.demo --out=out/demo --seeds=3 --jobs=2
 
 Each run is an ordinary `train.py`; a demo that was stopped goes on where it was.
 """
@@ -19,9 +19,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 import tiny
-import train
 from checkpoint import read_config, read_jsonl
 from configurator import PROJECT, UserError, configure, run
+from settings import Config
 from tools.plot import Arm, cell, draw, load_arms
 
 EXPERIMENTS = ("ground_truth", "random_reward", "format", "python_reward")
@@ -35,7 +35,7 @@ class DemoConfig:
 
     out: str = "out/demo"  # folder of the runs, the figure and the table
     seeds: int = 3  # runs a reward
-    steps: int = 60  # steps a run
+    steps: int = 0  # steps a run; 0 = as many as config/model/tiny.py says
     jobs: int = 2  # runs at a time, one core each
 
 
@@ -63,8 +63,8 @@ def plan(cfg: DemoConfig) -> list[Job]:
     for seed in range(cfg.seeds):
         for experiment in EXPERIMENTS:
             folder = Path(cfg.out) / f"{experiment}-seed{seed}"
-            args = [f"config/{experiment}.py", SCALE, f"--seed={seed}", f"--steps={cfg.steps}"]
-            jobs.append(Job(folder, [*args, f"--out_dir={folder}"]))
+            args = [f"config/{experiment}.py", SCALE, f"--seed={seed}", f"--out_dir={folder}"]
+            jobs.append(Job(folder, args + [f"--steps={cfg.steps}"] * (cfg.steps > 0)))
     return jobs
 
 
@@ -80,7 +80,7 @@ def state(job: Job) -> str:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"{job.folder}: another process is running in it") from error
-    wanted = json.loads(json.dumps(asdict(configure(train.Config, job.args)[0])))  # no tuples
+    wanted = json.loads(json.dumps(asdict(configure(Config, job.args)[0])))  # no tuples
     saved = read_config(job.folder)
     for key, value in wanted.items():
         if key not in ("out_dir", "resume") and saved.get(key) != value:
@@ -116,7 +116,7 @@ def run_jobs(jobs: list[Job], at_once: int, poll: float = 1.0) -> None:
     waiting = [job for job in jobs if state(job) != "complete"]
     running: list[Job] = []
     steps = {job.folder: job.steps_done for job in jobs}
-    total = sum(int(configure(train.Config, job.args)[0].steps) for job in jobs)
+    total = sum(int(configure(Config, job.args)[0].steps) for job in jobs)
     bar = tqdm(total=total, initial=sum(steps.values()), desc=f"{len(jobs)} runs", unit="step")
     try:
         while waiting or running:
@@ -162,9 +162,9 @@ def table(arms: list[Arm]) -> str:
 
 def main(argv: list[str]) -> None:
     cfg, _ = configure(DemoConfig, argv)
-    for key in ("seeds", "steps", "jobs"):
-        if getattr(cfg, key) < 1:
-            raise UserError(f"{key}={getattr(cfg, key)}: must be at least 1")
+    for key, least in (("seeds", 1), ("jobs", 1), ("steps", 0)):
+        if getattr(cfg, key) < least:
+            raise UserError(f"{key}={getattr(cfg, key)}: must be at least {least}")
     jobs = plan(cfg)
     kept = sum(state(job) == "complete" for job in jobs)
     if kept:

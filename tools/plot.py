@@ -217,7 +217,7 @@ def _log_with_zero(axis, means: list[np.ndarray]) -> None:
     """A log scale that ends in a linear piece down to 0: many steps clip nothing at all."""
     positive = [value for mean in means for value in mean if value > 0]
     smallest = 10.0 ** math.floor(math.log10(np.quantile(positive, 0.05))) if positive else 1e-3
-    axis.set_yscale("symlog", linthresh=smallest, linscale=0.5)
+    axis.set_yscale("symlog", linthresh=smallest, linscale=0.5, subs=range(2, 10))
     axis.set_ylim(0)
 
 
