@@ -24,7 +24,7 @@ from torch import nn
 
 import grade
 from configurator import UserError
-from model import lora_layers, save_adapter, save_tensors, trainable
+from lora import lora_layers, save_adapter, save_tensors, trainable
 
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "numpy", "math-verify", "tokenizers")
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of a parameter
@@ -71,7 +71,7 @@ class RunFolder:
 
     # ------------------------------------------------------------------------------------- state
 
-    def save_state(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def save_state(self, model: nn.Module, tokenizer, optimizer, step: int) -> None:
         """Checkpoint after a step: the state to resume from, and the adapter for others to use."""
         tensors = {}
         for name, parameter in trainable(model).items():
@@ -83,6 +83,7 @@ class RunFolder:
             save_adapter(model, self.folder / "adapter", read_config(self.folder)["model"])
         else:
             model.save_pretrained(self.folder / "model")
+            tokenizer.save_pretrained(self.folder / "model")
 
     def load_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         """Restore weights and moments in place; returns the number of steps done."""
@@ -166,6 +167,14 @@ def read_config(folder: Path | str) -> dict:
         return json.loads(path.read_text())["config"]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: no readable config.json of a run in it") from error
+
+
+def trained_weights(folder: Path | str) -> dict[str, str]:
+    """What a run made: {"adapter": folder}, or {"model": folder} where all weights were trained."""
+    for kind in ("adapter", "model"):
+        if (Path(folder) / kind).is_dir():
+            return {kind: str(Path(folder) / kind)}
+    raise UserError(f"{folder}: holds no checkpoint yet: wait, or name a model by --model")
 
 
 def read_jsonl(path: Path) -> list[dict]:

@@ -96,7 +96,7 @@ def configure(
     Raises UserError for anything wrong in argv or in a file; `--help` prints every knob and exits.
     """
     if "--help" in argv or "-h" in argv:
-        print(_help(cls), flush=True)
+        print(_help(cls, scales=default_scale is not None), flush=True)
         raise SystemExit(0)
     kinds = _kinds(cls)
     scale_path, experiment_paths, command_line = _split(argv, kinds)
@@ -324,14 +324,16 @@ def _guess(text: str) -> tuple[Any, str]:
 # ---- help
 
 
-def _help(cls: type) -> str:
+def _help(cls: type, scales: bool) -> str:
     """Every knob with its default, type and comment, in the order and under the headings of the
     source: a comment on a line of its own is a heading, one behind a field describes it."""
     defaults, kinds = cls(), _kinds(cls)
     left = {key: f"--{key}={_show(getattr(defaults, key))}" for key in kinds}
     width = min(max(map(len, left.values())), 44)
-    script = Path(sys.argv[0]).name
-    lines = [f"usage: python {script} [config/EXPERIMENT.py] [config/model/SCALE.py] [--key=value]"]
+    script = Path(sys.argv[0])
+    call = f"-m tools.{script.stem}" if script.parent.name == "tools" else script.name
+    files = " [config/EXPERIMENT.py] [config/model/SCALE.py]" if scales else ""
+    lines = [f"usage: python {call}{files} [--key=value]"]
     lines += ["", (cls.__doc__ or "").strip().partition("\n")[0], ""]
     classes = filter(dataclasses.is_dataclass, reversed(cls.__mro__))
     sources = [textwrap.dedent(inspect.getsource(c)).split("\n    def ")[0] for c in classes]

@@ -1,6 +1,6 @@
 """Measure a model: accuracy, boxed share and code frequency on a set of problems.
 
-    python eval.py --model=tiny --data=tiny --prompt=none --k=4 --temperature=1
+    python eval.py --model=tiny --k=4 --temperature=1
     python eval.py --run=out/random_reward-tiny-seed0            (its model, adapter, data, prompt)
     python eval.py --model=Qwen/Qwen2.5-Math-1.5B --data=math500 --n=100 --level=5
     python eval.py --completions=FILE                             (grade saved completions)
@@ -19,11 +19,12 @@ import torch
 
 import grade
 import tiny
-from checkpoint import read_config
+from checkpoint import read_config, trained_weights
 from configurator import UserError, configure, run
 from data import Problem, load_problems, prepare, subset
 from engine import EVAL_NOISE, Progress, generate
-from model import end_token_ids, load_adapter, load_model, load_tokenizer
+from lora import load_adapter
+from model import end_token_ids, load_model, load_tokenizer
 
 
 @dataclass
@@ -213,22 +214,19 @@ def grade_completions(rows: list[dict]) -> tuple[dict, list[dict], list[tuple[in
     return summary, graded, odd
 
 
-def from_run(cfg: EvalConfig, given: dict) -> EvalConfig:
-    """Fill what was not typed from a training run's config.json."""
-    saved = read_config(cfg.run)
-    names = {"model": "model", "quant": "quant", "data": "eval_data", "prompt": "prompt",
-             "n": "eval_n", "k": "eval_k", "temperature": "eval_temperature", "dtype": "dtype",
-             "max_prompt_tokens": "max_prompt_tokens", "max_new_tokens": "max_new_tokens",
-             "rollout_rows": "rollout_rows"}  # fmt: skip
-    values = {ours: saved[theirs] for ours, theirs in names.items() if ours not in given}
-    if "model" not in given and "adapter" not in given:
-        if (Path(cfg.run) / "adapter").exists():
-            values["adapter"] = str(Path(cfg.run) / "adapter")
-        elif (Path(cfg.run) / "model").exists():  # full training
-            values["model"] = str(Path(cfg.run) / "model")
-        else:
-            raise UserError(f"--run={cfg.run}: holds no adapter yet: the run has no checkpoint")
-    return replace(cfg, **values)
+def fill(cfg: EvalConfig, given: dict) -> EvalConfig:
+    """What was not typed, from the run's config.json, or for the tiny world as it needs it."""
+    values: dict = {}
+    if cfg.run:
+        saved = read_config(cfg.run)
+        same = ("model", "quant", "prompt", "dtype", "max_prompt_tokens", "max_new_tokens")
+        values = {key: saved[key] for key in (*same, "rollout_rows")}
+        values |= {key: saved[f"eval_{key}"] for key in ("data", "n", "k", "temperature")}
+        values |= trained_weights(cfg.run)
+    elif tiny.is_tiny(cfg.model):
+        values = {"data": cfg.model, "prompt": "none", "max_prompt_tokens": 32}
+        values |= {"max_new_tokens": 80, "rollout_rows": 1024}
+    return replace(cfg, **{key: value for key, value in values.items() if key not in given})
 
 
 def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
@@ -294,8 +292,7 @@ def main(argv: list[str]) -> None:
             print(f"differs from `correct`: row {i} sample {j}")
         report(summary, None)
         return
-    if cfg.run:
-        cfg = from_run(cfg, sources.given)
+    cfg = fill(cfg, sources.given)
     if not cfg.model:
         raise UserError("nothing to measure: name --model=..., --run=FOLDER or --completions=FILE")
     if cfg.temperature == 0 and cfg.k > 1:

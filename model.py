@@ -1,21 +1,15 @@
-"""Weights: load a causal LM (plain or NF4), LoRA, per-token statistics, adapters on disk.
+"""Load a causal LM (plain or NF4) and score tokens under it.
 
-Everything that touches the model but decoding (engine.py) is here. The forward pass is
-transformers' own; LoRA and the chunked head are ours.
+The forward pass is transformers' own; the chunked head with its statistics is ours.
 """
 
-import json
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -25,6 +19,9 @@ from configurator import UserError
 
 # fp32 logits held at once by token_stats, in elements: 256 MB, whatever the vocabulary.
 LOGITS_CHUNK = 2**26
+# Below so many parameters a second thread costs more than it brings on the CPU, most of all where
+# other work keeps the cores busy (12 times as long was seen for the tiny world).
+SMALL_MODEL = 2_000_000
 # Tokens that end a turn in the families we know. A base model behind its chat template may close
 # with either the document's or the turn's token, and its configuration names only one of them.
 END_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "</s>")
@@ -50,7 +47,8 @@ def load_model(
     quant: "none", or "nf4" = bitsandbytes NF4 with double quantisation for every linear layer but
     the head. dtype is the weights' (plain) or the computation's (nf4). Train mode is on purpose and
     harmless, since all dropout is set to 0: in eval mode bitsandbytes may repack 4-bit weights in
-    place on some CPUs, after which gradients are silently lost.
+    place on some CPUs, after which gradients are silently lost. For a small model on the CPU,
+    torch is set to one thread.
 
     Raises UserError for a model that is not within reach, or whose layers we would get wrong
     (sliding-window attention, logits that are more than a linear map of the last hidden state).
@@ -82,6 +80,8 @@ def load_model(
                 hf_logging.enable_progress_bar()
     if quant == "none":
         model.to(device)
+    if str(device) == "cpu" and model.num_parameters() < SMALL_MODEL:
+        torch.set_num_threads(1)
     model.requires_grad_(False)
     model.train()
     _refuse_unknown_architecture(model, name)
@@ -149,60 +149,6 @@ def end_token_ids(model: nn.Module, tokenizer) -> list[int]:
     return sorted(ids)
 
 
-# ------------------------------------------------------------------------------------------- LoRA
-
-
-class LoRALinear(nn.Module):
-    """y = W x + (alpha / r) B A x, W frozen (Hu et al., arXiv 2106.09685).
-
-    A [r, in] starts kaiming-uniform, B [out, r] zero, so that the adapter is the identity at first.
-    Both are kept in fp32 and cast to the activations' type where they are used: an Adam step at
-    usual learning rates is smaller than half a bf16 step.
-    """
-
-    def __init__(self, base: nn.Linear, r: int, alpha: float, generator: torch.Generator):
-        super().__init__()
-        self.base = base
-        self.r, self.alpha = r, alpha
-        self.scale = alpha / r
-        self.enabled = True
-        device = base.weight.device
-        a = torch.empty(r, base.in_features)
-        bound = 1 / math.sqrt(base.in_features)  # kaiming_uniform_ with a = sqrt(5), as PEFT does
-        a.uniform_(-bound, bound, generator=generator)
-        self.lora_A = nn.Parameter(a.to(device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., in] -> [..., out]
-        y = self.base(x)
-        if not self.enabled:
-            return y
-        low = F.linear(x, self.lora_A.to(x.dtype))  # [..., r]
-        return y + F.linear(low, self.lora_B.to(x.dtype)) * self.scale
-
-
-def add_lora(model: nn.Module, r: int, alpha: float, seed: int = 0) -> None:
-    """Put a LoRA adapter on every linear layer but the head, in place."""
-    generator = torch.Generator().manual_seed(seed)
-    decoder = backbone(model)
-    linears = [(name, m) for name, m in decoder.named_modules() if isinstance(m, nn.Linear)]
-    if not linears:
-        raise UserError("the model has no nn.Linear layers for LoRA: use --lora_r=0")
-    for name, linear in linears:
-        parent, _, leaf = name.rpartition(".")
-        setattr(decoder.get_submodule(parent), leaf, LoRALinear(linear, r, alpha, generator))
-
-
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """Adapter layers by module name, in model order."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trainable parameters by name: the adapter's, or all of them in full training."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
 def checkpoint_activations(model: nn.Module) -> None:
     """Recompute each layer in backward instead of keeping its activations (gradient checkpointing).
 
@@ -211,29 +157,6 @@ def checkpoint_activations(model: nn.Module) -> None:
     # transformers renamed it; the releases we run on have one or the other.
     old = "gradient_checkpointing_enable"
     getattr(model, "activation_checkpointing_enable", getattr(model, old))({"use_reentrant": False})
-
-
-@contextmanager
-def adapter_off(model: nn.Module) -> Iterator[None]:
-    """The base model: inside, every adapter is skipped. Reference policy and offline scores."""
-    layers = lora_layers(model).values()
-    for layer in layers:
-        layer.enabled = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enabled = True
-
-
-@contextmanager
-def reference(model: nn.Module, frozen: nn.Module | None = None) -> Iterator[nn.Module]:
-    """The base policy: a frozen copy where full training keeps one, else the adapter off."""
-    if frozen is not None:
-        yield frozen
-    else:
-        with adapter_off(model):
-            yield model
 
 
 # ------------------------------------------------------------------------------------- statistics
@@ -320,86 +243,3 @@ def _chunk_stats(
         entropy = -(log_p.exp() * log_p).sum(-1)  # lse - sum p z would cancel where H is small
         certainty = lse - z.mean(-1) - math.log(z.shape[-1])
     return logp, entropy, certainty
-
-
-# ---------------------------------------------------------------------------------------- on disk
-
-
-def save_tensors(
-    tensors: dict[str, torch.Tensor], path: Path, metadata: dict | None = None
-) -> None:
-    """Write a safetensors file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    tensors = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
-    try:
-        save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
-        os.replace(temporary, path)
-    except SafetensorError as error:  # its name for a full disk, among others
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written: {error}") from error
-
-
-def save_adapter(model: nn.Module, folder: Path | str, base: str) -> None:
-    """Save the adapter in PEFT's format: adapter_config.json and adapter_model.safetensors."""
-    layers = lora_layers(model)
-    first = next(iter(layers.values()))
-    folder = Path(folder)
-    tensors = {}
-    for name, layer in layers.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A
-        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B
-    save_tensors(tensors, folder / "adapter_model.safetensors")
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": first.r,
-        "lora_alpha": first.alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "inference_mode": True,
-        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
-    }
-    temporary = folder / "adapter_config.json.tmp"
-    temporary.write_text(json.dumps(config, indent=1) + "\n")
-    os.replace(temporary, folder / "adapter_config.json")
-
-
-def load_adapter(model: nn.Module, folder: Path | str) -> None:
-    """Add an adapter in PEFT's format to a model that has none.
-
-    Raises UserError if the folder holds no adapter, one of another model, or one with options that
-    a plain LoRA does not have.
-    """
-    folder = Path(folder)
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{folder}: no adapter here (adapter_config.json and adapter_model.safetensors)"
-        ) from error
-    except (ValueError, OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: the adapter cannot be read: {error}") from error
-    odd = [k for k in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
-           if config.get(k)]  # fmt: skip
-    if config.get("peft_type") != "LORA" or odd:
-        raise UserError(f"{folder}: not a plain LoRA ({', '.join(odd) or config.get('peft_type')})")
-    add_lora(model, int(config["r"]), config["lora_alpha"])
-    for name, layer in lora_layers(model).items():
-        for part in ("lora_A", "lora_B"):
-            value = tensors.pop(f"base_model.model.{name}.{part}.weight", None)
-            parameter = getattr(layer, part)
-            if value is None:  # a layer that this adapter leaves alone
-                parameter.data.zero_()
-            elif value.shape != parameter.shape:
-                raise UserError(
-                    f"{folder}: {name}.{part} is {tuple(value.shape)}, the model wants "
-                    f"{tuple(parameter.shape)}: an adapter of another model?"
-                )
-            else:
-                parameter.data.copy_(value)
-    if tensors:
-        raise UserError(f"{folder}: {next(iter(tensors))} has no place in this model")

@@ -15,12 +15,13 @@ from typing import Literal
 
 import grade
 import tiny
-from checkpoint import read_config
+from checkpoint import read_config, trained_weights
 from configurator import UserError, configure, run
 from data import Problem, load_problems, prepare
 from engine import EVAL_NOISE, Progress, generate
 from eval import decode, load_for_eval
-from model import adapter_off, end_token_ids, load_model
+from lora import adapter_off
+from model import end_token_ids, load_model
 
 
 @dataclass
@@ -55,10 +56,7 @@ def fill(cfg: SampleConfig, given: dict) -> SampleConfig:
         saved = read_config(cfg.run)
         names = ("model", "quant", "prompt", "temperature", "max_new_tokens", "dtype")
         values = {name: saved[name] for name in names} | {"data": saved["eval_data"]}
-        if (Path(cfg.run) / "adapter").is_dir():
-            values["adapter"] = str(Path(cfg.run) / "adapter")
-        elif not (Path(cfg.run) / "model").is_dir():
-            raise UserError(f"--run={cfg.run}: holds no checkpoint yet: wait, or use --model")
+        values |= {k: v for k, v in trained_weights(cfg.run).items() if k == "adapter"}
     elif tiny.is_tiny(cfg.model):
         values = {"data": cfg.model, "prompt": "none"}
     return replace(cfg, **{key: value for key, value in values.items() if key not in given})

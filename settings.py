@@ -23,9 +23,7 @@ class Config:
     lora_alpha: int = 64  # the adapter is scaled by alpha / r
     gradient_checkpointing: bool = True  # recompute activations in backward: less memory, slower
     # Data
-    train_data: str = (
-        "deepscaler"  # deepscaler, math_train, gsm8k, a file, a folder, a hub id, tiny
-    )
+    train_data: str = "deepscaler"  # deepscaler, math_train, gsm8k, tiny, a file, folder or hub id
     eval_data: str = "math500"  # likewise; its problems are dropped from train_data
     prompt: str = "qwen_math"  # prompt format: qwen_math, simplerl, none
     max_prompt_tokens: int = 1024  # longer prompts are dropped, and counted
@@ -46,9 +44,7 @@ class Config:
     clip_high: float = 0.2  # ratios above 1 + clip_high are clipped
     loss_agg: LossAgg = "token_mean"  # token_mean (DAPO) or seq_mean (GRPO), over the mini-batch
     kl_coef: float = 0.0  # weight of the KL to the base model in the loss
-    kl_type: KLType = (
-        "k3"  # its estimator: k1, k2, k3 (see grpo.kl for what each one's gradient is)
-    )
+    kl_type: KLType = "k3"  # its estimator: k1, k2, k3 (grpo.kl says what each one's gradient is)
     # Optimiser: AdamW
     lr: float = 1e-5  # LoRA wants more than full training's 5e-7: aim at a clip fraction near 1e-3
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # to 0 at the last update

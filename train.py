@@ -43,16 +43,8 @@ from configurator import UserError, configure, format_config, run
 from data import Rollouts, batch_indices, drop_overlap, load_problems, partition, prepare, subset
 from engine import TRAIN_NOISE, Progress, generate
 from eval import check_positions, choose_device, decode, evaluate, save_rows
-from model import (
-    add_lora,
-    checkpoint_activations,
-    end_token_ids,
-    load_model,
-    load_tokenizer,
-    reference,
-    token_stats,
-    trainable,
-)
+from lora import add_lora, reference, trainable
+from model import checkpoint_activations, end_token_ids, load_model, load_tokenizer, token_stats
 from settings import Config, check, choose_scale, learning_rate
 
 # ---------------------------------------------------------------------------------------- the step
@@ -332,7 +324,7 @@ def train(cfg: Config) -> list[dict]:
             log(metrics)
             folder.log("samples.jsonl", sample_log(rollouts, reward, advantage, cfg.log_samples))
             if last or (cfg.save_every and step % cfg.save_every == 0):
-                folder.save_state(model, optimizer, step)
+                folder.save_state(model, tokenizer, optimizer, step)
             clipped = metrics["clip_frac_low"] + metrics["clip_frac_high"]
             bar.set_postfix_str(
                 f"reward {metrics['reward']:.3f} acc {metrics['accuracy']:.3f} clip {clipped:.1e} "

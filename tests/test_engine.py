@@ -5,15 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from engine import TRAIN_NOISE, generate, sample, uniforms
-from model import (
-    add_lora,
-    checkpoint_activations,
-    load_model,
-    load_tokenizer,
-    lora_layers,
-    token_stats,
-    trainable,
-)
+from lora import add_lora, lora_layers, trainable
+from model import checkpoint_activations, load_model, load_tokenizer, token_stats
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [20], [30, 31, 32, 33]]
 NOISE = (TRAIN_NOISE, 0, 1)

@@ -8,19 +8,8 @@ from conftest import batch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configurator import UserError
-from model import (
-    add_lora,
-    checkpoint_activations,
-    end_token_ids,
-    load_adapter,
-    load_model,
-    load_tokenizer,
-    lora_layers,
-    reference,
-    save_adapter,
-    token_stats,
-    trainable,
-)
+from lora import add_lora, load_adapter, lora_layers, reference, save_adapter, trainable
+from model import checkpoint_activations, end_token_ids, load_model, load_tokenizer, token_stats
 
 FAMILIES = ("qwen2", "llama", "olmo2")
 QUANTS = [

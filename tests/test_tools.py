@@ -10,7 +10,7 @@ import torch
 import sample
 import tiny
 from configurator import UserError, configure
-from model import add_lora, lora_layers, save_adapter
+from lora import add_lora, lora_layers, save_adapter
 from settings import Config
 from tools import bench, demo, plot
 

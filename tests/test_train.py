@@ -11,7 +11,8 @@ import train as trainer
 from checkpoint import RunFolder, read_jsonl
 from configurator import UserError
 from data import Rollouts, partition
-from model import add_lora, load_model, lora_layers, trainable
+from lora import add_lora, lora_layers, trainable
+from model import load_model
 from settings import Config, check, choose_scale, learning_rate
 from train import train
 

@@ -29,7 +29,8 @@ from configurator import UserError, configure, run
 from data import Problem, Rollouts, partition
 from engine import TRAIN_NOISE, generate
 from eval import check_positions, choose_device
-from model import add_lora, checkpoint_activations, load_model, reference, trainable
+from lora import add_lora, reference, trainable
+from model import checkpoint_activations, load_model
 from settings import Config
 
 # Qwen2 shapes; those of the released models are in their config.json.
