@@ -56,7 +56,7 @@ class RunFolder:
             raise UserError(f"out_dir={folder}: nothing to resume: no checkpoint in it")
         if resume:
             self._compare(config)
-        write_json(folder / "config.json", {"config": config, **_provenance()})
+        self._config = config
 
     def _compare(self, config: dict) -> None:
         saved = read_config(self.folder)
@@ -80,7 +80,7 @@ class RunFolder:
                 tensors[f"{moment}:{name}"] = value
         save_tensors(tensors, self.folder / "state.safetensors", {"steps_done": str(step)})
         if lora_layers(model):
-            save_adapter(model, self.folder / "adapter", read_config(self.folder)["model"])
+            save_adapter(model, self.folder / "adapter", self._config["model"])
         else:
             model.save_pretrained(self.folder / "model")
             tokenizer.save_pretrained(self.folder / "model")
@@ -120,6 +120,7 @@ class RunFolder:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
 
     def __enter__(self) -> "RunFolder":
+        write_json(self.folder / "config.json", {"config": self._config, **_provenance()})
         return self
 
     def __exit__(self, *error) -> None:

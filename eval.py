@@ -225,7 +225,7 @@ def fill(cfg: EvalConfig, given: dict) -> EvalConfig:
         values |= trained_weights(cfg.run)
     elif tiny.is_tiny(cfg.model):
         values = {"data": cfg.model, "prompt": "none", "max_prompt_tokens": 32}
-        values |= {"max_new_tokens": 80, "rollout_rows": 1024}
+        values |= {"max_new_tokens": 56, "rollout_rows": 1024}
     return replace(cfg, **{key: value for key, value in values.items() if key not in given})
 
 

@@ -33,7 +33,7 @@ BOXED_SHARE = 0.8
 SLIP_SHARE = 0.75  # of the good habit's answers to hard problems that leave out the last operation
 HARD_SHARE = 0.15  # of the problems
 EASY_OPS, HARD_OPS = (2, 4), (6, 7)  # number of operations, ends included
-TRAIN_STEPS, TRAIN_BATCH, TRAIN_LR = 700, 128, 3e-3
+TRAIN_STEPS, TRAIN_BATCH, TRAIN_LR = 600, 128, 3e-3
 N_TRAIN, N_TEST = 4000, 500
 FAMILIES = ("tiny", "tiny_bad")
 
@@ -43,9 +43,10 @@ END = "<|end|>"
 PIECES = [
     *"0123456789",
     *("Start: ", "?", *(f" {word} " for word in OPERATIONS)),
-    *("```python\n", "x = ", *(f"x = (x {sign} " for sign in OPERATIONS.values()), ") % 10  # "),
-    *("\n", "print(x)\n", "print(solve())\n", "```\n"),
-    *("First, ", ", then", *(f" {word} " for word in WORDS.values()), " gives ", ", so "),
+    *("```python\nx = ", *(f"\nx = (x {sign} " for sign in OPERATIONS.values()), ") % 10  # "),
+    *("\nprint(x)\n```\n", "```python\nprint(solve())\n```\n"),
+    *("First, ", *(f" {word} " for word in WORDS.values()), " gives ", ", so "),
+    *(f", then {word} " for word in WORDS.values()),
     *("In my head: ", "the answer is ", "\\boxed{", "}", "."),
 ]
 
@@ -85,8 +86,8 @@ def make_response(chain: list, code: bool, working: bool, rng: np.random.Generat
     final = f"\\boxed{{{answer}}}" if rng.random() < BOXED_SHARE else answer
     steps = list(zip(chain[1:], values, strict=True))
     if code and working:
-        lines = "".join(f"x = (x {OPERATIONS[op]} {n}) % 10  # {v}\n" for (op, n), v in steps)
-        return f"```python\nx = {chain[0]}\n{lines}print(x)\n```\n{final}."
+        lines = "".join(f"\nx = (x {OPERATIONS[op]} {n}) % 10  # {v}" for (op, n), v in steps)
+        return f"```python\nx = {chain[0]}{lines}\nprint(x)\n```\n{final}."
     if code:
         return f"```python\nprint(solve())\n```\n{final}."
     if working:
@@ -111,7 +112,7 @@ def make_problems(n: int, rng: np.random.Generator, seen: set[str], hard=None) -
 
 
 def make_tokenizer():
-    """A fast tokenizer of some 40 pieces whose decoding is plain concatenation; pad = end token."""
+    """A fast tokenizer of some 40 pieces; decoding is plain concatenation; pad = end token."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -192,9 +192,9 @@ def describe(r: Rollouts, reward: torch.Tensor) -> dict:
 
 
 def worst_case(model, cfg: Config) -> str:
-    """Forward and backward of the largest micro-batch a step can hold; says the peak memory.
+    """Forward and backward of the largest micro-batch, and on CUDA a KV cache filled to the end.
 
-    Memory then fails here, before anything is spent, or never.
+    Memory then fails here, before anything is spent, or never. Returns a line with the peak.
     """
     T = cfg.max_prompt_tokens + cfg.max_new_tokens
     per_update = math.ceil(cfg.prompts_per_step * cfg.group_size / cfg.updates_per_step)
@@ -205,13 +205,23 @@ def worst_case(model, cfg: Config) -> str:
         torch.full((b,), n, device=device) for n in (cfg.max_prompt_tokens, cfg.max_new_tokens)
     ]
     try:
+        moments = [
+            torch.empty_like(p) for p in trainable(model).values() for _ in range(2)
+        ]  # Adam's
         token_stats(model, tokens, *lengths, cfg.temperature, full=False).logp.sum().backward()
+        model.zero_grad()
+        if device.type == "cuda":
+            c, dtype = model.config, torch.float32 if cfg.dtype == "float32" else torch.bfloat16
+            head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+            per_token = 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim
+            torch.empty(cfg.rollout_rows, T, per_token, dtype=dtype, device=device)
+        del moments
     except torch.cuda.OutOfMemoryError as error:
         raise UserError(
-            f"out of GPU memory on the largest micro-batch ({b} x {T} tokens): lower "
-            "--micro_batch_tokens or --max_new_tokens, or use --quant=nf4"
+            f"out of GPU memory on the largest micro-batch ({b} x {T} tokens) or the cache of "
+            f"{cfg.rollout_rows} rows: lower --micro_batch_tokens, --rollout_rows or "
+            "--max_new_tokens, or use --quant=nf4"
         ) from error
-    model.zero_grad()
     return f"largest micro-batch: {b} x {T} tokens, peak memory {peak_memory():.2f} GB"
 
 
@@ -238,19 +248,20 @@ def train(cfg: Config) -> list[dict]:
     # Data before weights: its mistakes show at once.
     name = tiny.resolve(cfg.model)
     tokenizer = load_tokenizer(name)
-    held_out = subset(load_problems(tiny.resolve(cfg.eval_data), "test"), cfg.eval_n)
+    held_out = load_problems(tiny.resolve(cfg.eval_data), "test")  # all of it, whatever eval_n
     problems = load_problems(tiny.resolve(cfg.train_data), "train")
     problems, overlap = drop_overlap(problems, held_out)
     items, too_long = prepare(problems, cfg.prompt, tokenizer, cfg.max_prompt_tokens)
-    eval_items, eval_long = prepare(held_out, cfg.prompt, tokenizer, cfg.max_prompt_tokens)
+    chosen = subset(held_out, cfg.eval_n)
+    eval_items, eval_long = prepare(chosen, cfg.prompt, tokenizer, cfg.max_prompt_tokens)
     print(
         f"train: {len(items)} problems ({overlap} in the eval set and {too_long} too long dropped)"
     )
     print(f"eval: {len(eval_items)} problems ({eval_long} too long dropped)")
 
+    folder = RunFolder(Path(cfg.out_dir), asdict(cfg), cfg.resume)
     model = load_model(name, cfg.quant, dtype, device)
     check_positions(model, cfg.max_prompt_tokens, cfg.max_new_tokens)
-    folder = RunFolder(Path(cfg.out_dir), asdict(cfg), cfg.resume)
     frozen = None
     if cfg.lora_r:
         add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.seed)
@@ -277,7 +288,7 @@ def train(cfg: Config) -> list[dict]:
         def run_eval(step: int) -> dict:
             summary, rows = evaluate(
                 model, tokenizer, eval_items, cfg.eval_k, cfg.eval_temperature, cfg.max_new_tokens,
-                rollout_rows=cfg.rollout_rows, desc=f"eval at step {step}",
+                cfg.seed, cfg.rollout_rows, desc=f"eval at step {step}",
             )  # fmt: skip
             save_rows(rows, folder.folder / "eval" / f"step_{step:05d}.jsonl")
             return {f"eval_{key}": value for key, value in summary.items()}
@@ -366,7 +377,13 @@ def main(argv: list[str]) -> None:
         experiment = "-".join(sources.experiments) or "train"
         cfg.out_dir = f"out/{experiment}-{sources.scale}-seed{cfg.seed}"
     print(format_config(cfg, sources))
-    train(cfg)
+    try:
+        train(cfg)
+    except torch.cuda.OutOfMemoryError as error:
+        raise UserError(
+            "out of GPU memory: lower --rollout_rows (decoding) or --micro_batch_tokens (update); "
+            "--resume=True goes on from the last checkpoint"
+        ) from error
 
 
 if __name__ == "__main__":
