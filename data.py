@@ -275,10 +275,13 @@ def subset(
 def drop_overlap(train: list[Problem], held_out: list[Problem]) -> tuple[list[Problem], int]:
     """train without the problems of held_out (but for case and white space), how many went.
 
-    Four problems of MATH-500 stand word for word in DeepScaleR (arXiv 2506.10947).
+    Four problems of MATH-500 stand word for word in DeepScaleR (arXiv 2506.10947). UserError where
+    none is left.
     """
     seen = {" ".join(p.problem.split()).casefold() for p in held_out}
     kept = [p for p in train if " ".join(p.problem.split()).casefold() not in seen]
+    if not kept:
+        raise UserError("train_data: every problem is in eval_data too: name another one of them")
     return kept, len(train) - len(kept)
 
 
@@ -316,7 +319,7 @@ def prepare(
     if not kept:
         shortest = min((len(ids) for _, ids in rendered), default=0)
         raise UserError(
-            f"max_prompt_tokens={max_prompt_tokens}: the shortest prompt has {shortest}"
+            f"max_prompt_tokens={max_prompt_tokens}: the shortest prompt has {shortest}: raise it"
         )
     return kept, len(rendered) - len(kept)
 

@@ -314,6 +314,16 @@ def test_mistakes_are_one_line_and_leave_no_run_behind(small, changes, word, tmp
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+def test_the_whole_eval_set_is_kept_out_of_training_whatever_eval_n(small, tiny_random, capsys):
+    with pytest.raises(UserError, match="every problem is in eval_data"):
+        train(replace(small, train_data=f"{tiny_random}/test.jsonl", eval_n=10))
+    with open(f"{tiny_random}/test.jsonl") as a, open(f"{small.out_dir}.jsonl", "w") as b:
+        b.write(a.read())
+        b.write('{"problem": "Start: 1 add 1?", "answer": "2"}\n')
+    train(replace(small, train_data=f"{small.out_dir}.jsonl", eval_n=10))
+    assert "train: 1 problems (500 in the eval set" in capsys.readouterr().out
+
+
 def test_no_cuda_means_the_tiny_scale(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     scale, reason = choose_scale({})
