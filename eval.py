@@ -162,30 +162,6 @@ def save_rows(rows: list[dict], path: Path) -> None:
 # ------------------------------------------------------------------------------------ command line
 
 
-def load_completions(file: str) -> list[dict]:
-    """Rows of a .jsonl with problem, answer, completions. Raises UserError naming the line."""
-    path = Path(file)
-    if not path.is_file():
-        raise UserError(f"--completions={file}: no such file")
-    rows = []
-    for number, line in enumerate(path.read_text().split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{file}:{number}: not JSON ({error})") from error
-        texts = row.get("completions") if isinstance(row, dict) else None
-        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
-            raise UserError(f"{file}:{number}: wants completions, a list of one or more strings")
-        if row.get("answer") is None:
-            raise UserError(f"{file}:{number}: wants an answer")
-        rows.append({**row, "answer": str(row["answer"])})
-    if not rows:
-        raise UserError(f"{file}: holds no rows")
-    return rows
-
-
 def grade_completions(rows: list[dict]) -> tuple[dict, list[dict], list[tuple[int, int]]]:
     """Grade saved completions: (summary, graded rows, [(row, sample)] at odds with `correct`).
 
@@ -287,7 +263,7 @@ def report(summary: dict, folder: Path | None) -> None:
 def main(argv: list[str]) -> None:
     cfg, sources = configure(EvalConfig, argv)
     if cfg.completions:
-        summary, _, odd = grade_completions(load_completions(cfg.completions))
+        summary, _, odd = grade_completions(grade.load_completions(cfg.completions))
         for i, j in odd:
             print(f"differs from `correct`: row {i} sample {j}")
         report(summary, None)

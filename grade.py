@@ -24,8 +24,10 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from answers import is_equiv, last_boxed, lenient_answer, normalize, quick_verdict
+from configurator import UserError
 
 __all__ = ["Grader", "correct", "grader", "is_equiv", "last_boxed", "lenient_answer", "normalize"]
 
@@ -182,6 +184,38 @@ _process_grader = grader
 def correct(texts: list[str], golds: list[str], grader: Grader | None = None) -> list[bool]:
     """Whether the last box of texts[i] holds golds[i]; by the process-wide Grader if none given."""
     return (grader or _process_grader()).grade([last_boxed(text) for text in texts], golds)
+
+
+def load_completions(file: str) -> list[dict]:
+    """Rows of a .jsonl of saved completions: problem, answer (str), completions (list of str) and,
+    where there are any, correct (one for each completion) and other columns.
+
+    Raises UserError naming the line that is no such row.
+    """
+    try:
+        lines = Path(file).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--completions={file}: cannot be read as text: {error}") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file}:{number}: not JSON ({error})") from error
+        texts = row.get("completions") if isinstance(row, dict) else None
+        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
+            raise UserError(f"{file}:{number}: wants completions, a list of one or more strings")
+        if row.get("answer") is None:
+            raise UserError(f"{file}:{number}: wants an answer")
+        correct = row.get("correct")
+        if correct is not None and (not isinstance(correct, list) or len(correct) != len(texts)):
+            raise UserError(f"{file}:{number}: wants as many of correct as of completions")
+        rows.append({"problem": "", **row, "answer": str(row["answer"])})
+    if not rows:
+        raise UserError(f"{file}: holds no completions")
+    return rows
 
 
 # --------------------------------------------------------------------------- the worker's own side

@@ -21,12 +21,10 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
-import json
 import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -317,47 +315,21 @@ class ScoreConfig:
 
 
 def read_completions(path: str) -> tuple[SimpleNamespace, list[bool] | None]:
-    """(rollouts without a model's fields, the `correct` column or None) of a .jsonl of completions.
-
-    Raises UserError naming the line that is no such row.
-    """
-    text, problem, prompt_index, sample_index, marks = [], [], [], [], []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--completions={path}: cannot be read as text: {error}") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            texts = row["completions"]
-            correct = row.get("correct") or [None] * len(texts)
-            entry = SimpleNamespace(problem=str(row["problem"]), answer=str(row["answer"]))
-            if not (isinstance(texts, list) and all(isinstance(t, str) for t in texts)):
-                raise TypeError("completions is no list of texts")
-            if len(correct) != len(texts):
-                raise TypeError("correct and completions differ in length")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            wants = "not a row with problem, answer and completions"
-            raise UserError(f"{path}:{number}: {wants}: {error}") from None
-        text += texts
-        problem += [entry] * len(texts)
-        prompt_index += [number - 1] * len(texts)
-        sample_index += range(len(texts))
-        marks += correct
-    if not text:
-        raise UserError(f"{path}: holds no completions")
+    """(rollouts without a model's fields, the `correct` column or None) of saved completions."""
+    rows = grade.load_completions(path)
+    flat = [(i, j, row) for i, row in enumerate(rows) for j in range(len(row["completions"]))]
     rollouts = SimpleNamespace(
-        text=text,
-        problem=problem,
-        group_size=max(sample_index) + 1,
+        text=[row["completions"][j] for _, j, row in flat],
+        problem=[SimpleNamespace(problem=row["problem"], answer=row["answer"]) for *_, row in flat],
+        group_size=max(len(row["completions"]) for row in rows),
         seed=0,
         step=0,
-        prompt_index=torch.tensor(prompt_index),
-        sample_index=torch.tensor(sample_index),
+        prompt_index=torch.tensor([i for i, _, _ in flat]),
+        sample_index=torch.tensor([j for _, j, _ in flat]),
     )
-    return rollouts, None if None in marks else [bool(mark) for mark in marks]
+    if not all(row.get("correct") for row in rows):
+        return rollouts, None
+    return rollouts, [bool(row["correct"][j]) for _, j, row in flat]
 
 
 def main(argv: list[str]) -> None:

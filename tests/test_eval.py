@@ -6,6 +6,7 @@ import math
 import pytest
 
 import eval as evaluation
+import grade
 from configurator import UserError
 from data import load_problems, prepare
 from model import load_model, load_tokenizer
@@ -91,7 +92,7 @@ def test_a_model_and_a_run_from_the_command_line(tiny_random, tmp_path, capsys):
     evaluation.main([f"--model={tiny_random}", *args, "--n=5", f"--out={tmp_path / 'o'}"])
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["n"] == 5
-    saved = evaluation.load_completions(str(tmp_path / "o" / "completions.jsonl"))
+    saved = grade.load_completions(str(tmp_path / "o" / "completions.jsonl"))
     again, _, odd = evaluation.grade_completions(saved)
     assert odd == [] and again["accuracy"] == last["accuracy"]
 
@@ -99,8 +100,8 @@ def test_a_model_and_a_run_from_the_command_line(tiny_random, tmp_path, capsys):
 @pytest.mark.parametrize(
     "text,word",
     [
-        (None, "no such file"),
-        ("", "no rows"),
+        (None, "cannot be read"),
+        ("", "no completions"),
         ("{not json", ":1: not JSON"),
         ('{"answer": "1", "completions": ["x"]}\n{"answer": "1"}', ":2: wants completions"),
         ('{"completions": ["x"]}', ":1: wants an answer"),

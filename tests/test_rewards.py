@@ -270,8 +270,8 @@ def test_command_line(tmp_path, capsys):
     [
         (["--reward=format"], "", "add --completions"),
         (["--reward=self_certainty", "--completions=FILE"], None, "needs self_certainty"),
-        (["--reward=format", "--completions=FILE"], "\n[1]\n", ":2: not a row"),
-        (["--reward=format", "--completions=FILE"], '{"problem": "x"}', ":1: not a row"),
+        (["--reward=format", "--completions=FILE"], "\n[1]\n", ":2: wants completions"),
+        (["--reward=format", "--completions=FILE"], '{"problem": "x"}', ":1: wants completions"),
         (["--reward=format", "--completions=FILE"], "", "holds no completions"),
         (["--reward=format", "--completions=/nowhere"], "", "cannot be read"),
     ],

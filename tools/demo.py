@@ -147,16 +147,15 @@ def _last_line(log: Path) -> str:
 
 
 def table(arms: list[Arm]) -> str:
-    """A markdown table of the last evals, under that of the base, which all runs share."""
+    """A markdown table of the last evals, under those of the base at the same seeds."""
     keys = ("eval_accuracy", "eval_code_frequency", "eval_boxed")
     lines = ["| reward | seeds | accuracy | code frequency | boxed |", "|---|--:|--:|--:|--:|"]
-    base = Arm("before training", [], arms[0].runs[:1])
+    base = Arm("before training", [], arms[0].runs)
     for arm, i in [(base, 0), *((arm, -1) for arm in arms)]:
         cells = [cell(*arm.curve(key)[1:], i) for key in keys]
-        seeds = "" if arm is base else str(len(arm.runs))
-        lines.append("| " + " | ".join([arm.label, seeds, *cells]) + " |")
-    lines += ["", "Percent of eval responses. ± 1 standard error over seeds; before training, and "
-              "with one seed, over problems."]  # fmt: skip
+        lines.append("| " + " | ".join([arm.label, str(len(arm.runs)), *cells]) + " |")
+    lines += ["", "Percent of eval responses, ± 1 standard error over seeds (over problems where "
+              "there is one seed)."]  # fmt: skip
     return "\n".join(lines)
 
 
