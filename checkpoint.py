@@ -12,8 +12,10 @@ file is written whole or not at all, and none of them is a pickle.
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from importlib import metadata
 from pathlib import Path
 
@@ -21,9 +23,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 import grade
 from configurator import UserError
+from data import Rollouts
 from lora import lora_layers, save_adapter, save_tensors, trainable
 
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "numpy", "math-verify", "tokenizers")
@@ -71,7 +76,13 @@ class RunFolder:
 
     # ------------------------------------------------------------------------------------- state
 
-    def save_state(self, model: nn.Module, tokenizer, optimizer, step: int) -> None:
+    def save_state(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        optimizer: torch.optim.Optimizer,
+        step: int,
+    ) -> None:
         """Checkpoint after a step: the state to resume from, and the adapter for others to use."""
         tensors = {}
         for name, parameter in trainable(model).items():
@@ -127,7 +138,28 @@ class RunFolder:
         self._lock.close()
 
 
-def sample_log(r, reward: torch.Tensor, advantage: torch.Tensor, n: int) -> list[dict]:
+class StopOnCtrlC:
+    """The first Ctrl-C lets the step end and saves; the second stops at once."""
+
+    asked = False
+
+    def __enter__(self) -> "StopOnCtrlC":
+        self.main = threading.current_thread() is threading.main_thread()  # else no signals
+        if self.main:
+            self.before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.main:
+            signal.signal(signal.SIGINT, self.before)
+
+    def _ask(self, *_) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        tqdm.write("stopping after this step; Ctrl-C again stops at once, without saving it")
+
+
+def sample_log(r: Rollouts, reward: torch.Tensor, advantage: torch.Tensor, n: int) -> list[dict]:
     """n responses of the step, evenly spread over its rows."""
     rows = np.linspace(0, len(r.text) - 1, min(n, len(r.text))).round().astype(int).tolist()
     return [

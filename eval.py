@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 import grade
 import tiny
@@ -94,7 +95,7 @@ def summarize(rows: list[dict]) -> dict:
 
 def evaluate(
     model: torch.nn.Module,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     items: list[tuple[Problem, list[int]]],
     k: int = 1,
     temperature: float = 0.0,
@@ -144,7 +145,10 @@ def evaluate(
 
 
 def decode(
-    tokenizer, tokens: torch.Tensor, prompt_len: torch.Tensor, length: torch.Tensor
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: torch.Tensor,
+    prompt_len: torch.Tensor,
+    length: torch.Tensor,
 ) -> list[str]:
     """Response texts of tokens [B, T], without special tokens."""
     rows = zip(tokens.tolist(), prompt_len.tolist(), length.tolist(), strict=True)
@@ -219,7 +223,7 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     return resolved, getattr(torch, dtype)
 
 
-def load_for_eval(cfg) -> tuple[torch.nn.Module, object]:
+def load_for_eval(cfg: EvalConfig) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     """Model (with its adapter) and tokenizer of an EvalConfig or the like."""
     device, dtype = choose_device(cfg.device, cfg.dtype)
     name = tiny.resolve(cfg.model)

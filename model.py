@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
 from configurator import UserError
@@ -30,7 +30,7 @@ END_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<
 # ---------------------------------------------------------------------------------------- loading
 
 
-def load_tokenizer(name: str):
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub id or folder. Raises UserError if there is none within reach."""
     with _readable_errors(name, "tokenizer"):
         return AutoTokenizer.from_pretrained(name)
@@ -137,7 +137,7 @@ def head(model: nn.Module) -> nn.Module:
     return model.get_output_embeddings()
 
 
-def end_token_ids(model: nn.Module, tokenizer) -> list[int]:
+def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends a response: tokenizer's, generation config's, and known turn ends."""
     ids: set[int] = set()
     for source in (tokenizer, getattr(model, "generation_config", None), model.config):

@@ -21,36 +21,67 @@ What is random in a step is a function of (seed, step): a resumed run equals an 
 
 import copy
 import math
-import resource
-import signal
 import sys
-import threading
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 import grade
 import grpo
 import rewards
 import tiny
-from checkpoint import RunFolder, sample_log, summary_table
+from checkpoint import RunFolder, StopOnCtrlC, sample_log, summary_table
 from configurator import UserError, configure, format_config, run
-from data import Rollouts, batch_indices, drop_overlap, load_problems, partition, prepare, subset
+from data import (
+    Problem,
+    Rollouts,
+    batch_indices,
+    drop_overlap,
+    load_problems,
+    partition,
+    prepare,
+    subset,
+)
 from engine import TRAIN_NOISE, Progress, generate
 from eval import check_positions, choose_device, decode, evaluate, save_rows
 from lora import add_lora, reference, trainable
-from model import checkpoint_activations, end_token_ids, load_model, load_tokenizer, token_stats
+from memory import peak_memory, worst_case
+from model import (
+    TokenStats,
+    checkpoint_activations,
+    end_token_ids,
+    load_model,
+    load_tokenizer,
+    token_stats,
+)
 from settings import Config, check, choose_scale, learning_rate
+
+Tokenizer = PreTrainedTokenizerBase
+Items = list[tuple[Problem, list[int]]]  # problems and their prompts' token ids
+Parts = list[list[list[int]]]  # rows of each micro-batch of each mini-batch
+Base = Callable[[], AbstractContextManager[nn.Module]]  # inside, the base policy
+
+
+def _bar(parts: list, desc: str) -> tqdm:
+    """A passing progress bar within a step, where somebody can see it."""
+    return tqdm(parts, desc=desc, leave=False, disable=not sys.stderr.isatty())
+
 
 # ---------------------------------------------------------------------------------------- the step
 
 
-def sample_rollouts(model, tokenizer, items, cfg: Config, step: int) -> Rollouts:
+def sample_rollouts(
+    model: nn.Module, tokenizer: Tokenizer, items: Items, cfg: Config, step: int
+) -> Rollouts:
     """Sample the step's prompts, group_size responses each, under the policy as it stands."""
     chosen = [items[i] for i in batch_indices(len(items), cfg.prompts_per_step, cfg.seed, step)]
     B = len(chosen) * cfg.group_size
@@ -80,7 +111,9 @@ def sample_rollouts(model, tokenizer, items, cfg: Config, step: int) -> Rollouts
     )
 
 
-def forward(model, rollouts: Rollouts, rows: list[int], cfg: Config, full: bool):
+def forward(
+    model: nn.Module, rollouts: Rollouts, rows: list[int], cfg: Config, full: bool
+) -> TokenStats:
     """Statistics of one micro-batch: the one forward that scoring and update share."""
     device = next(model.parameters()).device
     part = (t[rows].to(device) for t in (rollouts.tokens, rollouts.prompt_len, rollouts.length))
@@ -88,7 +121,9 @@ def forward(model, rollouts: Rollouts, rows: list[int], cfg: Config, full: bool)
 
 
 @torch.no_grad()
-def score(model, base, rollouts: Rollouts, parts, cfg: Config) -> None:
+def score(
+    model: nn.Module, base: Base | None, rollouts: Rollouts, parts: Parts, cfg: Config
+) -> None:
     """Fill old_logp, entropy, self_certainty and, where there is a base policy, ref_logp.
 
     On the same micro-batches and by the same forward as the update: in bf16 another batch shape
@@ -98,7 +133,7 @@ def score(model, base, rollouts: Rollouts, parts, cfg: Config) -> None:
     names = {"logp": "old_logp", "entropy": "entropy", "self_certainty": "self_certainty"}
     for name in (*names.values(), *(["ref_logp"] if base else [])):
         setattr(rollouts, name, torch.zeros(shape))
-    for rows in (rows for mini in parts for rows in mini):
+    for rows in _bar([rows for mini in parts for rows in mini], "  score"):
         stats = forward(model, rollouts, rows, cfg, full=True)
         for ours, theirs in names.items():
             values = getattr(stats, ours)
@@ -109,8 +144,19 @@ def score(model, base, rollouts: Rollouts, parts, cfg: Config) -> None:
             rollouts.ref_logp[rows, : values.shape[1]] = values.cpu()
 
 
-def update(model, optimizer, rollouts: Rollouts, advantage, parts, cfg: Config, lrs) -> dict:
-    """One pass over the step's mini-batches, an optimiser update each; returns what happened."""
+def update(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rollouts: Rollouts,
+    advantage: torch.Tensor,
+    parts: Parts,
+    cfg: Config,
+    lrs: list[float],
+) -> dict[str, float]:
+    """One pass over the step's mini-batches, an optimiser update each at its rate in lrs.
+
+    advantage float32 [B]. Returns what happened: clip fractions, ratios, gradient norm, rate.
+    """
     in_loss = rollouts.mask
     if cfg.truncated == "mask":
         in_loss = in_loss & rollouts.finished[:, None]
@@ -118,7 +164,7 @@ def update(model, optimizer, rollouts: Rollouts, advantage, parts, cfg: Config, 
     parameters = list(trainable(model).values())
     sums: dict[str, float] = {"ratio_max": 0.0}
     norms = []
-    for mini, lr in zip(parts, lrs, strict=True):
+    for mini, lr in _bar(list(zip(parts, lrs, strict=True)), "  update"):
         rows_in_mini = [row for rows in mini for row in rows]
         normalizer = grpo.normalizer(in_loss[rows_in_mini], cfg.loss_agg)
         for rows in mini:
@@ -191,48 +237,6 @@ def describe(r: Rollouts, reward: torch.Tensor) -> dict:
     return metrics
 
 
-def worst_case(model, cfg: Config) -> str:
-    """Forward and backward of the largest micro-batch, and on CUDA a KV cache filled to the end.
-
-    Memory then fails here, before anything is spent, or never. Returns a line with the peak.
-    """
-    T = cfg.max_prompt_tokens + cfg.max_new_tokens
-    per_update = math.ceil(cfg.prompts_per_step * cfg.group_size / cfg.updates_per_step)
-    b = max(1, min(cfg.micro_batch_tokens // T, per_update))
-    device = next(model.parameters()).device
-    tokens = torch.zeros(b, T, dtype=torch.int64, device=device)
-    lengths = [
-        torch.full((b,), n, device=device) for n in (cfg.max_prompt_tokens, cfg.max_new_tokens)
-    ]
-    try:
-        moments = [
-            torch.empty_like(p) for p in trainable(model).values() for _ in range(2)
-        ]  # Adam's
-        token_stats(model, tokens, *lengths, cfg.temperature, full=False).logp.sum().backward()
-        model.zero_grad()
-        if device.type == "cuda":
-            c, dtype = model.config, torch.float32 if cfg.dtype == "float32" else torch.bfloat16
-            head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-            per_token = 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim
-            torch.empty(cfg.rollout_rows, T, per_token, dtype=dtype, device=device)
-        del moments
-    except torch.cuda.OutOfMemoryError as error:
-        raise UserError(
-            f"out of GPU memory on the largest micro-batch ({b} x {T} tokens) or the cache of "
-            f"{cfg.rollout_rows} rows: lower --micro_batch_tokens, --rollout_rows or "
-            "--max_new_tokens, or use --quant=nf4"
-        ) from error
-    return f"largest micro-batch: {b} x {T} tokens, peak memory {peak_memory():.2f} GB"
-
-
-def peak_memory() -> float:
-    """GB at most in use so far: the GPU's where there is one, else the process's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    scale = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9
-
-
 # ----------------------------------------------------------------------------------------- the run
 
 
@@ -275,10 +279,15 @@ def train(cfg: Config) -> list[dict]:
     optimizer = torch.optim.AdamW(
         trainable(model).values(), cfg.lr, cfg.adam_betas, weight_decay=cfg.weight_decay
     )
+    per_update = math.ceil(cfg.prompts_per_step * cfg.group_size / cfg.updates_per_step)
+    longest = cfg.max_prompt_tokens + cfg.max_new_tokens
+    rows = max(1, min(cfg.micro_batch_tokens // longest, per_update))
+    lengths = (cfg.max_prompt_tokens, cfg.max_new_tokens)
     n_trainable = sum(p.numel() for p in trainable(model).values())
-    print(f"{n_trainable:,} trainable parameters; {worst_case(model, cfg)}")
+    print(f"{n_trainable:,} trainable parameters")
+    print(worst_case(model, rows, *lengths, cfg.rollout_rows))
 
-    with folder, _StopOnCtrlC() as stop:
+    with folder, StopOnCtrlC() as stop:
         first, history = 1, []
         if cfg.resume:
             first = folder.load_state(model, optimizer) + 1
@@ -286,11 +295,11 @@ def train(cfg: Config) -> list[dict]:
             print(f"resumed after step {first - 1}")
 
         def run_eval(step: int) -> dict:
-            summary, rows = evaluate(
+            summary, graded = evaluate(
                 model, tokenizer, eval_items, cfg.eval_k, cfg.eval_temperature, cfg.max_new_tokens,
                 cfg.seed, cfg.rollout_rows, desc=f"eval at step {step}",
             )  # fmt: skip
-            save_rows(rows, folder.folder / "eval" / f"step_{step:05d}.jsonl")
+            save_rows(graded, folder.folder / "eval" / f"step_{step:05d}.jsonl")
             return {f"eval_{key}": value for key, value in summary.items()}
 
         def log(metrics: dict) -> None:
@@ -347,27 +356,6 @@ def train(cfg: Config) -> list[dict]:
                 raise KeyboardInterrupt
     summary_table(history, folder.folder)
     return history
-
-
-class _StopOnCtrlC:
-    """The first Ctrl-C lets the step end and saves; the second stops at once."""
-
-    asked = False
-
-    def __enter__(self) -> "_StopOnCtrlC":
-        self.main = threading.current_thread() is threading.main_thread()  # else no signals
-        if self.main:
-            self.before = signal.signal(signal.SIGINT, self._ask)
-        return self
-
-    def __exit__(self, *error) -> None:
-        if self.main:
-            signal.signal(signal.SIGINT, self.before)
-
-    def _ask(self, *_) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        tqdm.write("stopping after this step; Ctrl-C again stops at once, without saving it")
 
 
 def main(argv: list[str]) -> None:

@@ -23,6 +23,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
+import memory
 import tiny
 import train
 from configurator import UserError, configure, run
@@ -152,7 +153,7 @@ def bench(cfg: BenchConfig) -> dict:
     result["step_s"] = median(map(sum, zip(*(v[1:] for v in seconds.values()), strict=True)))
     for phase in (*seconds, "step"):
         result[f"{phase}_tokens_per_s"] = B * cfg.new_tokens / result[f"{phase}_s"]
-    return result | {"peak_memory_gb": train.peak_memory()}
+    return result | {"peak_memory_gb": memory.peak_memory()}
 
 
 def _wait(device: torch.device) -> None:

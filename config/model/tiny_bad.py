@@ -1,0 +1,25 @@
+"""The tiny world whose bad habit is code (tiny.py): as config/model/tiny.py otherwise."""
+
+model = "tiny_bad"
+quant = "none"
+device = "cpu"
+dtype = "float32"
+lora_r = 8
+lora_alpha = 16
+gradient_checkpointing = False
+train_data = "tiny_bad"
+eval_data = "tiny_bad"
+prompt = "none"
+max_prompt_tokens = 32
+max_new_tokens = 56
+steps = 40
+prompts_per_step = 16
+group_size = 8
+micro_batch_tokens = 16_384
+rollout_rows = 1024
+lr = 5e-4
+eval_every = 20
+eval_n = 200
+eval_k = 4
+eval_temperature = 1.0  # greedy decoding would always pick code
+save_every = 20
