@@ -360,7 +360,7 @@ def train(cfg: Config) -> list[dict]:
 
 def main(argv: list[str]) -> None:
     cfg, sources = configure(Config, argv, choose_scale)
-    print(f"scale: {sources.scale}" + (f" ({sources.reason})" if sources.reason else ""))
+    print("scale:", sources.scale, f"({sources.reason})" if sources.reason else "")
     if not cfg.out_dir:
         experiment = "-".join(sources.experiments) or "train"
         cfg.out_dir = f"out/{experiment}-{sources.scale}-seed{cfg.seed}"
