@@ -371,7 +371,7 @@ def _math_verify(answer: str, gold: str) -> bool:
         return bool(a and b and _confirmed(a[0], b[0])) and math_verify.verify(
             b, a, strict=True, timeout_seconds=None
         )
-    except Exception:
+    except Exception:  # parser and sympy raise nearly anything on odd text; odd is not right
         return False
 
 
