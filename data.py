@@ -8,7 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +49,7 @@ class Problem:
     id: str
     subject: str = ""
     level: str = ""  # "5", however the source writes it
+    label: str = ""  # the majority answer of a base model (eval.py --labels), "" = none made
 
 
 @dataclass
@@ -74,10 +75,17 @@ class Rollouts:
     ref_logp: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
     self_certainty: torch.Tensor | None = None
+    base_self_certainty: torch.Tensor | None = None  # of the same tokens under the base model
+    # filled where the reward asks for it: name of a second model -> float32 [B], its mean
+    # log-likelihood of each response (verifier.py)
+    cross_logp: dict[str, torch.Tensor] = field(default_factory=dict)
+    # int64 [B], which answers are the same (grade.clusters); filled by the first reward that asks
+    cluster: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         rows, width = self.tokens.shape
         by_token = ("sampler_logp", "old_logp", "ref_logp", "entropy", "self_certainty")
+        by_token += ("base_self_certainty",)
         shapes = dict.fromkeys(("prompt_len", "length", "finished"), (rows,))
         shapes |= dict.fromkeys(by_token, (rows, int(self.length.max())))
         for name, shape in shapes.items():
@@ -97,6 +105,12 @@ class Rollouts:
         """bool [B, R], True at response tokens: from lengths, since pad may equal EOS."""
         columns = torch.arange(int(self.length.max()), device=self.length.device)
         return columns < self.length[:, None]
+
+    @property
+    def label(self) -> list[str] | None:
+        """The majority label of each row's problem, None where not every problem has one."""
+        labels = [problem.label for problem in self.problem]
+        return labels if all(labels) else None
 
     @property
     def prompt_index(self) -> torch.Tensor:
@@ -204,7 +218,11 @@ def _problem(row: Any, default_id: str) -> Problem:
     problem = _first(row, "problem", "question", "prompt")
     if not problem:
         raise ValueError("the row has no problem (nor question, nor prompt)")
-    answer = _first(row, "answer", "final_answer", "label").strip()
+    answer = _first(row, "answer", "final_answer").strip()
+    # beside an answer, a label is what a model says; alone, it is the answer
+    label = _first(row, "label").strip()
+    if not answer:
+        answer, label = label, ""
     if "####" in answer:  # GSM8K: the working, then the answer
         answer = answer.rpartition("####")[2].strip().replace(",", "")
     answer = answer or last_box(_first(row, "solution"))
@@ -216,6 +234,7 @@ def _problem(row: Any, default_id: str) -> Problem:
         id=_first(row, "unique_id", "id") or default_id,
         subject=_first(row, "subject", "type"),
         level=_level(_first(row, "level")),
+        label=label,
     )
 
 

@@ -203,13 +203,15 @@ def generate(
     top_k: int = 0,
     max_rows: int = 256,
     progress: Callable[[int, int], None] | None = None,
+    first_prompt: int = 0,
 ) -> Generation:
     """Sample group_size responses to each prompt; row i answers prompt i // group_size.
 
     A response ends with the first token of end_ids (kept) or after max_new_tokens. At most max_rows
     rows are decoded at a time, which bounds the cache. noise, a row's prompt number and its sample
-    number fix its randomness. progress is called with the numbers of new tokens and of rows that
-    have just ended (see Progress).
+    number fix its randomness; prompts are numbered from first_prompt, so that a long list may be
+    sampled piece by piece. progress is called with the numbers of new tokens and of rows that have
+    just ended (see Progress).
     """
     B = len(prompts) * group_size
     prompt_len = torch.tensor([len(p) for p in prompts]).repeat_interleave(group_size)
@@ -222,7 +224,8 @@ def generate(
         for start in range(0, B, max_rows):
             rows = range(start, min(start + max_rows, B))
             keys = [(r // group_size, r % group_size) for r in rows]
-            noise_rows = np.stack([uniforms(noise, p, s, max_new_tokens) for p, s in keys])
+            rng_keys = [(first_prompt + p, s) for p, s in keys]
+            noise_rows = np.stack([uniforms(noise, *key, max_new_tokens) for key in rng_keys])
             wave = _wave(model, prompts, keys, noise_rows, end_ids, settings, progress)
             part = slice(rows.start, rows.stop)
             response[part], logp[part], length[part], finished[part] = wave
