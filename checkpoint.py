@@ -19,22 +19,19 @@ import threading
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-import grade
 from configurator import UserError
-from data import Rollouts
 from lora import lora_layers, save_adapter, save_tensors, trainable
 
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "numpy", "math-verify", "tokenizers")
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of a parameter
 # What resuming cannot change: the saved tensors, or the meaning of what was logged, depend on it.
-FIXED = ("model", "quant", "lora_r", "lora_alpha", "train_data", "prompt", "seed")
+FIXED = ("model", "quant", "lora_r", "lora_alpha", "train_data", "one_shot", "prompt", "seed")
 
 
 class RunFolder:
@@ -159,40 +156,6 @@ class StopOnCtrlC:
         tqdm.write("stopping after this step; Ctrl-C again stops at once, without saving it")
 
 
-def sample_log(r: Rollouts, reward: torch.Tensor, advantage: torch.Tensor, n: int) -> list[dict]:
-    """n responses of the step, evenly spread over its rows."""
-    rows = np.linspace(0, len(r.text) - 1, min(n, len(r.text))).round().astype(int).tolist()
-    return [
-        {
-            "step": r.step,
-            "row": i,
-            "problem": r.problem[i].problem,
-            "answer": r.problem[i].answer,
-            "response": r.text[i],
-            "reward": reward[i].item(),
-            "advantage": advantage[i].item(),
-            "correct": bool(grade.correct([r.text[i]], [r.problem[i].answer])[0]),
-        }
-        for i in rows
-    ]
-
-
-def summary_table(history: list[dict], folder: Path) -> None:
-    """Print where the run began and ended."""
-    steps = [m for m in history if "reward" in m]
-    evals = [m for m in history if "eval_accuracy" in m]
-    print(f"\n{'':<24}{'first':>10}{'last':>10}")
-    columns = [("eval_accuracy", evals), ("eval_stderr", evals), ("eval_code_frequency", evals)]
-    keys = "reward accuracy code_frequency boxed length entropy clip_frac_low clip_frac_high kl"
-    columns += [(key, steps) for key in keys.split()]
-    for key, rows in columns:
-        if rows and rows[0].get(key) is not None and rows[-1].get(key) is not None:
-            print(f"{key:<24}{rows[0][key]:>10.4f}{rows[-1][key]:>10.4f}")
-    seconds = sum(m["seconds"] for m in steps)
-    print(f"{len(steps)} steps, {seconds / 60:.1f} min; run folder {folder}")
-    print(f"look at it: python -m tools.plot {folder}   python sample.py --run={folder}")
-
-
 def read_config(folder: Path | str) -> dict:
     """The configuration of a run. Raises UserError if the folder holds none."""
     path = Path(folder) / "config.json"
@@ -219,6 +182,14 @@ def read_jsonl(path: Path) -> list[dict]:
         except ValueError:
             break
     return rows
+
+
+def save_rows(rows: list[dict], path: Path) -> None:
+    """Write rows as .jsonl, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(temporary, path)
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedTokenizerBase
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from model import backbone, head
 
-TRAIN_NOISE, EVAL_NOISE = 1, 2  # first key of the noise: training and eval never share a stream
+# First key of the noise: training, eval and majority labels never share a stream.
+TRAIN_NOISE, EVAL_NOISE, LABEL_NOISE = 1, 2, 3
 GROW = 128  # columns by which the cache grows, so that short responses stay cheap
 SHRINK = 0.9  # rows are dropped when fewer than this share of them is alive
 
@@ -238,6 +239,17 @@ def generate(
         tokens[i, p : p + n] = response[i, :n]
     logp[torch.arange(max_new_tokens) >= length[:, None]] = 0.0
     return Generation(tokens, prompt_len, length, finished, logp[:, :R].contiguous())
+
+
+def decode(
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: torch.Tensor,
+    prompt_len: torch.Tensor,
+    length: torch.Tensor,
+) -> list[str]:
+    """Response texts of tokens [B, T], without special tokens."""
+    rows = zip(tokens.tolist(), prompt_len.tolist(), length.tolist(), strict=True)
+    return tokenizer.batch_decode([row[p : p + n] for row, p, n in rows], skip_special_tokens=True)
 
 
 def _wave(model, prompts, keys, noise, end_ids, settings, progress):

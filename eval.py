@@ -4,12 +4,12 @@
     python eval.py --run=out/random_reward-tiny-seed0            (its model, adapter, data, prompt)
     python eval.py --model=Qwen/Qwen2.5-Math-1.5B --data=math500 --n=100 --level=5
     python eval.py --completions=FILE                             (grade saved completions)
+    python eval.py --labels=FILE --model=tiny                     (make majority labels: labels.py)
 
 Every completion is saved; the last line printed is one JSON object.
 """
 
 import json
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -19,18 +19,20 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 import grade
+import labels
 import tiny
-from checkpoint import read_config, trained_weights
+from checkpoint import read_config, save_rows, trained_weights
 from configurator import UserError, configure, run
 from data import Problem, load_problems, prepare, subset
-from engine import EVAL_NOISE, Progress, generate
+from engine import EVAL_NOISE, Progress, decode, generate
+from labels import LabelBy
 from lora import load_adapter
 from model import end_token_ids, load_model, load_tokenizer
 
 
 @dataclass
 class EvalConfig:
-    """Measure a model on a set of problems, or grade saved completions."""
+    """Measure a model on a set of problems, grade saved completions, or make majority labels."""
 
     # What is measured: one of run, model, completions
     run: str = ""  # folder of a training run: its model, adapter, eval data, prompt and lengths
@@ -56,6 +58,11 @@ class EvalConfig:
     device: str = "auto"  # auto = cuda where there is one, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = bfloat16 on cuda, else float32
     out: str = ""  # folder for completions.jsonl and summary.json; "" = run/eval or out/eval-MODEL
+    # Majority labels, for train.py --train_data=FILE. What is not typed becomes data=deepscaler
+    # (its train split), k=64, temperature=1, prompt=none. Of a run: its train_data and its base
+    # model; name --adapter=RUN/adapter for labels by what was trained
+    labels: str = ""  # .jsonl to make, or to go on with: each problem and its commonest answer
+    label_by: LabelBy = "equivalence"  # which answers count as one: equivalent, same string
 
 
 # ------------------------------------------------------------------------------------ measurement
@@ -144,25 +151,6 @@ def evaluate(
     return summarize(rows), rows
 
 
-def decode(
-    tokenizer: PreTrainedTokenizerBase,
-    tokens: torch.Tensor,
-    prompt_len: torch.Tensor,
-    length: torch.Tensor,
-) -> list[str]:
-    """Response texts of tokens [B, T], without special tokens."""
-    rows = zip(tokens.tolist(), prompt_len.tolist(), length.tolist(), strict=True)
-    return tokenizer.batch_decode([row[p : p + n] for row, p, n in rows], skip_special_tokens=True)
-
-
-def save_rows(rows: list[dict], path: Path) -> None:
-    """Write rows as .jsonl, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(temporary, path)
-
-
 # ------------------------------------------------------------------------------------ command line
 
 
@@ -196,16 +184,21 @@ def grade_completions(rows: list[dict]) -> tuple[dict, list[dict], list[tuple[in
 
 def fill(cfg: EvalConfig, given: dict) -> EvalConfig:
     """What was not typed, from the run's config.json, or for the tiny world as it needs it."""
-    values: dict = {}
+    values: dict = {"data": "deepscaler"} if cfg.labels else {}
     if cfg.run:
         saved = read_config(cfg.run)
         same = ("model", "quant", "prompt", "dtype", "max_prompt_tokens", "max_new_tokens")
         values = {key: saved[key] for key in (*same, "rollout_rows")}
-        values |= {key: saved[f"eval_{key}"] for key in ("data", "n", "k", "temperature")}
-        values |= trained_weights(cfg.run)
+        if cfg.labels:
+            values["data"] = saved["train_data"]
+        else:
+            values |= {key: saved[f"eval_{key}"] for key in ("data", "n", "k", "temperature")}
+            values |= trained_weights(cfg.run)
     elif tiny.is_tiny(cfg.model):
         values = {"data": cfg.model, "prompt": "none", "max_prompt_tokens": 32}
-        values |= {"max_new_tokens": 56, "rollout_rows": 1024}
+        values |= {"max_new_tokens": tiny.RESPONSE_TOKENS, "rollout_rows": 1024}
+    if cfg.labels:
+        values |= {"k": 64, "temperature": 1.0, "prompt": "none"}
     return replace(cfg, **{key: value for key, value in values.items() if key not in given})
 
 
@@ -264,8 +257,40 @@ def report(summary: dict, folder: Path | None) -> None:
     print(json.dumps(summary))
 
 
+def make_labels(cfg: EvalConfig) -> None:
+    """--labels=FILE: make it, go on with it, or report again what is in it."""
+    if cfg.k < 2 or cfg.temperature <= 0:
+        raise UserError("labels: a majority wants k of 2 or more and a temperature above 0")
+    name = tiny.resolve(cfg.model)
+    tokenizer = load_tokenizer(name)
+    problems = subset(load_problems(tiny.resolve(cfg.data), "train"), cfg.n, cfg.level, cfg.subject)
+    items, too_long = prepare(problems, cfg.prompt, tokenizer, cfg.max_prompt_tokens)
+    # What no label depends on; the tiny world's folder is named after its recipe.
+    free = ("run", "completions", "out", "labels", "label_by", "rollout_rows", "device")
+    settings = {key: value for key, value in vars(cfg).items() if key not in free}
+    settings["model"] = Path(name).name if tiny.is_tiny(cfg.model) else cfg.model
+    settings["dtype"] = str(choose_device(cfg.device, cfg.dtype)[1])
+    settings["problems"] = labels.fingerprint(items)
+    with labels.LabelFile(cfg.labels, settings, len(items)) as file:
+        if len(file.rows) < len(items):
+            model, _ = load_for_eval(cfg)
+            check_positions(model, cfg.max_prompt_tokens, cfg.max_new_tokens)
+            for rows in labels.label(
+                model, tokenizer, items, cfg.k, cfg.max_new_tokens, cfg.seed, cfg.temperature,
+                cfg.top_p, cfg.top_k, cfg.rollout_rows, first=len(file.rows),
+            ):  # fmt: skip
+                file.add(rows)
+        file.finish(cfg.label_by)
+    labels.report(labels.summarize(file.rows, cfg.label_by, too_long), file.path)
+
+
 def main(argv: list[str]) -> None:
     cfg, sources = configure(EvalConfig, argv)
+    for key in ("completions", "out") if cfg.labels else ():
+        if getattr(cfg, key):
+            raise UserError(f"{key} cannot act with --labels=FILE, which samples and writes FILE")
+    if not cfg.labels and "label_by" in sources.given:
+        raise UserError("label_by acts only with --labels=FILE")
     if cfg.completions:
         summary, _, odd = grade_completions(grade.load_completions(cfg.completions))
         for i, j in odd:
@@ -275,6 +300,12 @@ def main(argv: list[str]) -> None:
     cfg = fill(cfg, sources.given)
     if not cfg.model:
         raise UserError("nothing to measure: name --model=..., --run=FOLDER or --completions=FILE")
+    for key in ("k", "rollout_rows", "max_new_tokens"):
+        if getattr(cfg, key) < 1:
+            raise UserError(f"{key}={getattr(cfg, key)}: must be at least 1")
+    if cfg.labels:
+        make_labels(cfg)
+        return
     if cfg.temperature == 0 and cfg.k > 1:
         print(f"warning: k={cfg.k} acts only with temperature > 0; one greedy sample a problem")
     problems = subset(load_problems(tiny.resolve(cfg.data), "test"), cfg.n, cfg.level, cfg.subject)

@@ -26,7 +26,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from answers import is_equiv, last_boxed, lenient_answer, normalize, quick_verdict
+from answers import MAX_CHARS, is_equiv, last_boxed, lenient_answer, normalize, quick_verdict
 from configurator import UserError
 
 __all__ = ["Grader", "correct", "grader", "is_equiv", "last_boxed", "lenient_answer", "normalize"]
@@ -184,6 +184,34 @@ _process_grader = grader
 def correct(texts: list[str], golds: list[str], grader: Grader | None = None) -> list[bool]:
     """Whether the last box of texts[i] holds golds[i]; by the process-wide Grader if none given."""
     return (grader or _process_grader()).grade([last_boxed(text) for text in texts], golds)
+
+
+def clusters(
+    answers: list[str | None], groups: list[int], grader: Grader | None = None
+) -> list[int]:
+    """Of each row the first row (an index in the batch) of its cluster; -1 without an answer.
+
+    Rows of one group are in one cluster if their answers are equivalent, whichever of the two is
+    taken for the gold one. Equivalence is not quite transitive (50% is 50 and 0.5, which differ),
+    so the order of rows decides: an answer joins the first cluster whose first row it equals.
+    """
+    first: dict[tuple[int, str], int] = {}  # equal strings need no grader
+    cluster, pending = [], {}  # of each group the first rows not in a cluster yet
+    for row, (answer, group) in enumerate(zip(answers, groups, strict=True)):
+        answer = (answer or "").strip()
+        spelling = normalize(answer) if len(answer) <= MAX_CHARS else answer
+        cluster.append(first.setdefault((group, spelling), row) if spelling else -1)
+        if cluster[-1] == row:
+            pending.setdefault(group, []).append(row)
+    while pending:  # a round: in every group at once, the next cluster takes what belongs to it
+        pairs = [(row, rows[0]) for rows in pending.values() for row in rows[1:]]
+        here, heads = [answers[row] for row, _ in pairs], [answers[head] for _, head in pairs]
+        verdicts = (grader or _process_grader()).grade(here + heads, heads + here)
+        for i, (row, head) in enumerate(pairs):
+            cluster[row] = head if verdicts[i] or verdicts[i + len(pairs)] else row
+        left = {g: [r for r in rows[1:] if cluster[r] == r] for g, rows in pending.items()}
+        pending = {group: rows for group, rows in left.items() if rows}
+    return [row if row < 0 else cluster[row] for row in cluster]
 
 
 def load_completions(file: str) -> list[dict]:

@@ -1,7 +1,8 @@
-"""Every reward, one short function each, and expressions of them.
+"""Every reward, one short function each.
 
-python rewards.py                                                    list the rewards
-python rewards.py --reward='format & ~python' --completions=FILE     score saved completions
+python rewards.py                                                   list the rewards
+python rewards.py --completions=FILE                                score saved completions by all
+python rewards.py --reward='format & ~python' --completions=FILE    ... by one (expressions.py)
 
 A new reward is one function of a `Rollouts` (data.py) that returns float32 [B]:
 
@@ -9,60 +10,45 @@ A new reward is one function of a `Rollouts` (data.py) that returns float32 [B]:
     def asks(rollouts) -> Tensor:
         return _float("?" in text for text in rollouts.text)
 
-It may take parameters with defaults, `asks(3)` or `asks(n=3)` in an expression. Fields that are
-only filled on request (`self_certainty`, ...) are named in `needs`. No reward sees the model.
+It may take parameters, `asks(3)` or `asks(n=3)` in an expression. Fields that not all rollouts have
+(`label`, `self_certainty`, ...) are named in `needs`: training fills them, or says what is missing.
+No reward sees the model.
 
-An expression is parsed, never evaluated: names, calls, `a & b` (both) and `~a` (not) of rewards
-that are 0 or 1, `+`, `-`, `*` by a number, parentheses. As in Python, `&` binds last.
+SR = "Spurious Rewards", arXiv 2506.10947; INT = INTUITOR, arXiv 2505.19590. What a model says of a
+token is read from softmax(z / T) at the temperature T of sampling, over all rows of the head, from
+the logits one position earlier; the end token counts (model.token_stats).
 """
 
 from __future__ import annotations
 
-import ast
-import difflib
-import inspect
 import math
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+import expressions
 import grade
 from configurator import UserError, configure, run
+from expressions import Entry, Reward
 
 RANDOM = 201  # first key of the random reward's stream: no other use of the seed shares it
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A registered reward; `bounds` maps a numeric parameter to its (lowest, highest) value."""
-
-    function: Callable[..., Tensor]
-    formula: str
-    source: str
-    needs: tuple[str, ...]
-    bounds: dict[str, tuple[float, float]]
-
-    @property
-    def parameters(self) -> list[inspect.Parameter]:
-        return list(inspect.signature(self.function, eval_str=True).parameters.values())[1:]
-
-
 REGISTRY: dict[str, Entry] = {}
+# Logged at weight 0 beside every reward by its defaults, where their inputs are there.
+VARIANTS = ("majority(online)", "self_certainty(base)", "neg_entropy(sum)", "logp(mean)")
 
 
 def reward(
     formula: str,
     source: str,
-    needs: tuple[str, ...] = (),
+    needs: tuple[str, ...] | Callable[..., tuple[str, ...]] = (),
     bounds: dict[str, tuple[float, float]] | None = None,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Register the decorated function under its own name."""
+    """Register the decorated function under its own name (see expressions.Entry)."""
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         name = function.__name__
@@ -74,26 +60,108 @@ def reward(
     return register
 
 
+def parse(expression: str) -> Reward:
+    """The reward an expression stands for. Raises UserError, naming what is wrong in it."""
+    return expressions.parse(expression, REGISTRY)
+
+
+def watched() -> list[Reward]:
+    """Every reward by its defaults, and VARIANTS: what is logged beside the trained one."""
+    plain = [n for n, e in REGISTRY.items() if all(p.default is not p.empty for p in e.parameters)]
+    return [parse(expression) for expression in (*plain, *VARIANTS)]
+
+
 def _float(values: Iterable[float]) -> Tensor:
     return torch.tensor([float(value) for value in values], dtype=torch.float32)
 
 
-# ---- the rewards
+# ---- rewards that compare answers
 
 
-@reward(formula="1 if the last box is equivalent to the gold answer", source="SR 2506.10947")
+@reward(formula="1 if the last box is equivalent to the gold answer", source="SR")
 def ground_truth(rollouts) -> Tensor:
     return _float(grade.correct(rollouts.text, [p.answer for p in rollouts.problem]))
 
 
-@reward(formula=r"1 if the response's last \boxed{} is not empty", source="SR 2506.10947")
+@reward(
+    formula="1 if the last box is equivalent to the majority answer: of many samples of the base "
+    "model, made before training (eval.py --labels), or online of the response's own group",
+    source="SR; online: TTRL 2504.16084",
+    needs=lambda label="offline": ("label",) if label == "offline" else (),
+)
+def majority(rollouts, label: Literal["offline", "online"] = "offline") -> Tensor:
+    if label == "offline":
+        return _float(grade.correct(rollouts.text, rollouts.label))
+    cluster, prompt = _clusters(rollouts), rollouts.prompt_index
+    # The largest cluster of each group; of equal ones the first to appear, as its number is less.
+    rank = _sizes(cluster) * (len(cluster) + 1) - cluster  # [B]
+    best = torch.zeros(int(prompt.max()) + 1).long().scatter_reduce(0, prompt, rank, "amax")
+    return ((rank == best[prompt]) & (cluster >= 0)).float()
+
+
+@reward(
+    formula="1 if the last box is equivalent to the majority label and that label is wrong; "
+    "training keeps only the problems whose label is wrong",
+    source="SR",
+    needs=("label",),
+)
+def incorrect(rollouts) -> Tensor:
+    golds = [problem.answer for problem in rollouts.problem]
+    right = _float(grade.grader().grade(rollouts.label, golds))
+    return majority(rollouts) * (1 - right)
+
+
+@reward(
+    formula="share of the group with the same spelling of the answer (grade.normalize); 0 without",
+    source="SRT 2505.21444",
+)
+def soft_majority(rollouts) -> Tensor:
+    keys = [
+        None if (answer := grade.last_boxed(text)) is None else (prompt, grade.normalize(answer))
+        for text, prompt in zip(rollouts.text, rollouts.prompt_index.tolist(), strict=True)
+    ]
+    first = {key: row for row, key in reversed(list(enumerate(keys)))} | {None: -1}
+    return _sizes(torch.tensor([first[key] for key in keys])) / _group_size(rollouts)
+
+
+@reward(
+    formula="share of the group whose answer is equivalent (its cluster / G); 0 without one",
+    source="EMPO 2504.05812",
+)
+def semantic_entropy(rollouts) -> Tensor:
+    return _sizes(_clusters(rollouts)) / _group_size(rollouts)
+
+
+def _clusters(rollouts) -> Tensor:
+    """int64 [B]: the first row of the group with an equivalent answer, -1 without an answer."""
+    if rollouts.cluster is None:  # several rewards ask
+        answers = [grade.last_boxed(text) for text in rollouts.text]
+        found = grade.clusters(answers, rollouts.prompt_index.tolist())
+        rollouts.cluster = torch.tensor(found)
+    return rollouts.cluster
+
+
+def _sizes(cluster: Tensor) -> Tensor:
+    """int64 [B]: the number of rows in each row's cluster, 0 where it has none (-1)."""
+    counts = torch.bincount(cluster.clamp(min=0), weights=(cluster >= 0).double())  # one a row
+    return counts[cluster.clamp(min=0)].long() * (cluster >= 0)
+
+
+def _group_size(rollouts) -> Tensor:
+    return torch.bincount(rollouts.prompt_index)[rollouts.prompt_index]
+
+
+# ---- rewards of the text alone
+
+
+@reward(formula=r"1 if the response's last \boxed{} is not empty", source="SR")
 def format(rollouts) -> Tensor:
     return _float(grade.last_boxed(text) is not None for text in rollouts.text)
 
 
 @reward(
     formula="1 with probability p, drawn from (seed, step, prompt, sample) and not from the text",
-    source="SR 2506.10947",
+    source="SR",
     bounds={"p": (0, 1)},
 )
 def random(rollouts, p: float = 0.5) -> Tensor:
@@ -102,27 +170,26 @@ def random(rollouts, p: float = 0.5) -> Tensor:
     return _float(np.random.default_rng((*key, i, j)).random() < p for i, j in rows)
 
 
-@reward(formula='1 if "python" is in the lower-cased response', source="SR 2506.10947")
+@reward(formula='1 if "python" is in the lower-cased response', source="SR")
 def python(rollouts) -> Tensor:
     return _float("python" in text.lower() for text in rollouts.text)
 
 
 @reward(
-    formula="0 if a pattern of 10 to 256 characters stands 10 times in a row, else 1",
-    source="SR 2506.10947",
+    formula="0 if a pattern of 10 to 256 characters stands 10 times in a row, else 1", source="SR"
 )
 def no_repetition(rollouts) -> Tensor:
     return _float(not _repeats(text) for text in rollouts.text)
 
 
-@reward(
-    formula="mean over response tokens of KL(U || p_t) = logsumexp(z_t) - mean(z_t) - log V",
-    source="INT 2505.19590",
-    needs=("self_certainty",),
-)
-def self_certainty(rollouts) -> Tensor:
-    total = (rollouts.self_certainty * rollouts.mask).sum(1)
-    return total / rollouts.mask.sum(1).clamp(min=1)
+@reward(formula="response length in tokens, end token included", source="ours", needs=("length",))
+def length(rollouts) -> Tensor:
+    return rollouts.length.float()
+
+
+@reward(formula="c for every response: a null, no weight moves", source="ours")
+def constant(rollouts, c: float = 1.0) -> Tensor:
+    return torch.full((len(rollouts.text),), float(c))
 
 
 def _repeats(text: str, shortest: int = 10, longest: int = 256, times: int = 10) -> bool:
@@ -140,152 +207,56 @@ def _repeats(text: str, shortest: int = 10, longest: int = 256, times: int = 10)
     return False
 
 
-# ---- expressions
+# ---- rewards of what a model thinks of the response
 
 
-@dataclass(frozen=True)
-class Reward:
-    """A parsed expression: call it on rollouts for float32 [B] on the CPU."""
-
-    expression: str
-    names: tuple[str, ...]  # the rewards in it, in order, each once
-    needs: tuple[str, ...]  # the Rollouts fields that must be filled, over all of them
-    compute: Callable[[Any], Tensor]
-
-    def __call__(self, rollouts: Any) -> Tensor:
-        """Raises UserError where a needed field is missing or `&`, `~` meet other than 0 and 1."""
-        for field in self.needs:
-            if getattr(rollouts, field, None) is None:
-                lacks = f"needs {field}, which only rollouts scored by a model have"
-                raise UserError(f"reward {self.expression!r} {lacks}")
-        return self.compute(rollouts)
-
-    def __str__(self) -> str:
-        return self.expression
+@reward(
+    formula="mean over response tokens of KL(U || p_t) = logsumexp(z_t) - mean(z_t) - log V, "
+    "p_t of the policy that sampled, or of the frozen base model (adapter off)",
+    source="INT",
+    needs=lambda by="policy": ("self_certainty" if by == "policy" else "base_self_certainty",),
+)
+def self_certainty(rollouts, by: Literal["policy", "base"] = "policy") -> Tensor:
+    values = rollouts.self_certainty if by == "policy" else rollouts.base_self_certainty
+    return _over_tokens(rollouts, values, "mean")
 
 
-def parse(expression: str) -> Reward:
-    """The reward an expression stands for. Raises UserError, naming what is wrong in it."""
-    short = expression if len(expression) <= 80 else expression[:77] + "..."
-    try:
-        if len(expression) > 500:  # so nothing in it is nested deeper than Python's stack
-            raise ValueError("longer than 500 characters")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python's own, on such things as 0.5format
-            body = ast.parse(expression.strip(), mode="eval").body
-        found: list[str] = []
-        compute = _build(body, found)
-    except (RecursionError, MemoryError):
-        raise UserError(f"reward {short!r}: nested too deep") from None
-    except SyntaxError:
-        wanted = "an expression such as 'format & ~python' or 'ground_truth + 0.1*format'"
-        raise UserError(f"reward {short!r}: cannot be read: write {wanted}") from None
-    except ValueError as error:
-        raise UserError(f"reward {short!r}: {error}") from None
-    names = tuple(dict.fromkeys(found))
-    needs = tuple(dict.fromkeys(need for name in names for need in REGISTRY[name].needs))
-    return Reward(expression.strip(), names, needs, compute)
+@reward(
+    formula="mean (or sum) over response tokens of -H(p_t); no_answer, if given, is the reward of "
+    "a response without a box (RENT: -7)",
+    source="RENT 2505.22660, EM-RL-token 2505.15134",
+    needs=("entropy",),
+)
+def neg_entropy(
+    rollouts, over: Literal["mean", "sum"] = "mean", no_answer: float | None = None
+) -> Tensor:
+    value = -_over_tokens(rollouts, rollouts.entropy, over)
+    return value if no_answer is None else torch.where(format(rollouts) == 1, value, no_answer)
 
 
-def _build(node: ast.expr, found: list[str]) -> Callable[[Any], Tensor]:
-    """The node as a function of rollouts; names of rewards met are appended to `found`."""
-    match node:
-        case ast.Name():
-            return _leaf(node.id, [], [], found)
-        case ast.Call(func=ast.Name()):
-            return _leaf(node.func.id, node.args, node.keywords, found)
-        case ast.BinOp(op=ast.Mult()):
-            for number, other in ((node.left, node.right), (node.right, node.left)):
-                if (factor := _number(number)) is not None:
-                    part = _build(other, found)
-                    return lambda r: factor * part(r)
-            raise ValueError("`*` wants a number on one side; `&` is for two rewards")
-        case ast.BinOp(op=ast.Add() | ast.Sub() | ast.BitAnd()):
-            left, right = _build(node.left, found), _build(node.right, found)
-            if isinstance(node.op, ast.BitAnd):
-                return lambda r: _binary(left(r), "&") * _binary(right(r), "&")
-            sign = 1 if isinstance(node.op, ast.Add) else -1
-            return lambda r: left(r) + sign * right(r)
-        case ast.UnaryOp(op=ast.Invert() | ast.USub() | ast.UAdd()):
-            part = _build(node.operand, found)
-            if isinstance(node.op, ast.Invert):
-                return lambda r: 1 - _binary(part(r), "~")
-            sign = -1 if isinstance(node.op, ast.USub) else 1
-            return lambda r: sign * part(r)
-    if _number(node) is not None:
-        raise ValueError("a number alone is no reward: multiply a reward by it")
-    raise ValueError(
-        f"{ast.unparse(node)[:40]!r} has no meaning here: "
-        "use names, calls, `a & b`, `~a`, `+`, `-`, `*` by a number and parentheses"
-    )
+@reward(
+    formula="sum (or mean) over response tokens of log p(y_t), p of the policy that sampled",
+    source="EM-RL-sequence 2505.15134",
+    needs=("old_logp",),
+)
+def logp(rollouts, over: Literal["sum", "mean"] = "sum") -> Tensor:
+    return _over_tokens(rollouts, rollouts.old_logp, over)
 
 
-def _leaf(
-    name: str, args: list[ast.expr], keywords: list[ast.keyword], found: list[str]
-) -> Callable[[Any], Tensor]:
-    if name not in REGISTRY:
-        near = difflib.get_close_matches(name, REGISTRY, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(REGISTRY))}"
-        raise ValueError(f"no reward {name!r}: {hint}")
-    entry = REGISTRY[name]
-    known = [parameter.name for parameter in entry.parameters]
-    takes = f"it takes {', '.join(map(str, entry.parameters))}" if known else "it takes none"
-    if len(args) > len(known):
-        raise ValueError(f"{name} got {len(args)} arguments: {takes}")
-    given = list(zip(known, args, strict=False)) + [(k.arg, k.value) for k in keywords]
-    values: dict[str, Any] = {}
-    for key, node in given:
-        if key not in known:
-            raise ValueError(f"{name} has no argument {key!r}: {takes}")
-        if key in values:
-            raise ValueError(f"{name} got {key} twice")
-        values[key] = _argument(name, entry, key, node)
-    found.append(name)
-
-    def compute(rollouts: Any) -> Tensor:
-        out = entry.function(rollouts, **values).float().cpu()
-        if out.shape != (len(rollouts.text),) or not out.isfinite().all():
-            raise ValueError(f"reward {name} gave {out}: it owes one finite number a row")
-        return out
-
-    return compute
+@reward(
+    formula="mean over response tokens of log q(y_t), q a frozen second model named by path (any "
+    "tokenizer; verifier stands for the run's --verifier)",
+    source="CME 2605.29009",
+    needs=lambda path="verifier": (f"cross_logp:{path}",),
+)
+def cross_model(rollouts, path: str = "verifier") -> Tensor:
+    return rollouts.cross_logp[path]
 
 
-def _argument(name: str, entry: Entry, key: str, node: ast.expr) -> Any:
-    kind = next(p.annotation for p in entry.parameters if p.name == key)
-    number = _number(node)
-    value = node.id if isinstance(node, ast.Name) else number
-    if isinstance(node, ast.Constant) and isinstance(node.value, str | bool):
-        value = node.value
-    if kind is float and number is not None:
-        value = number
-    elif kind is int and number is not None and number == int(number):
-        value = int(number)
-    elif not (kind in (str, bool) and isinstance(value, kind)):
-        raise ValueError(f"{name}: {key} wants {kind.__name__}, got {ast.unparse(node)[:40]}")
-    low, high = entry.bounds.get(key, (-math.inf, math.inf))
-    if key in entry.bounds and not low <= value <= high:
-        raise ValueError(f"{name}: {key} must be within [{low}, {high}], got {value}")
-    return value
-
-
-def _number(node: ast.expr) -> float | None:
-    """A finite literal number, with any signs; None for anything else."""
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
-        inner = _number(node.operand)
-        return None if inner is None else -inner if isinstance(node.op, ast.USub) else inner
-    if not isinstance(node, ast.Constant) or type(node.value) not in (int, float):
-        return None
-    if not abs(node.value) <= 1e30:
-        raise ValueError("a number in it is too large")
-    return node.value
-
-
-def _binary(values: Tensor, operator: str) -> Tensor:
-    odd = values[(values != 0) & (values != 1)]
-    if len(odd):
-        raise UserError(f"`{operator}` joins rewards that are 0 or 1, and met {odd[0].item():.4g}")
-    return values
+def _over_tokens(rollouts, values: Tensor, over: str) -> Tensor:
+    """Sum or mean of values [B, R] over each response's tokens: float32 [B]; 0 without tokens."""
+    total = (values * rollouts.mask).sum(1)
+    return total if over == "sum" else total / rollouts.mask.sum(1).clamp(min=1)
 
 
 # ---- scoring saved completions
@@ -308,10 +279,10 @@ def auroc(score: np.ndarray, label: np.ndarray) -> float:
 
 @dataclass
 class ScoreConfig:
-    """List the rewards, or score saved completions with one."""
+    """List the rewards, or score saved completions with one of them, or with all."""
 
-    reward: str = ""  # an expression, such as 'format & ~python'
-    completions: str = ""  # a .jsonl with problem, answer, completions and, if any, correct
+    reward: str = ""  # an expression, such as 'format & ~python'; "" = all that text alone decides
+    completions: str = ""  # a .jsonl with problem, answer, completions and, if any, correct, label
 
 
 def read_completions(path: str) -> tuple[SimpleNamespace, list[bool] | None]:
@@ -326,38 +297,43 @@ def read_completions(path: str) -> tuple[SimpleNamespace, list[bool] | None]:
         step=0,
         prompt_index=torch.tensor([i for i, _, _ in flat]),
         sample_index=torch.tensor([j for _, j, _ in flat]),
+        label=[str(row["label"]) for *_, row in flat] if all("label" in r for r in rows) else None,
+        cluster=None,
     )
     if not all(row.get("correct") for row in rows):
         return rollouts, None
     return rollouts, [bool(row["correct"][j]) for _, j, row in flat]
 
 
+def _list_rewards() -> None:
+    for _, entry in sorted(REGISTRY.items()):
+        needs = f"; needs {', '.join(entry.needs)}" if not callable(entry.needs) else ""
+        print(f"{entry.call:32} {entry.formula} [{entry.source}{needs if entry.needs else ''}]")
+
+
 def main(argv: list[str]) -> None:
     cfg, _ = configure(ScoreConfig, argv)
-    if not cfg.reward and not cfg.completions:
-        for name, entry in sorted(REGISTRY.items()):
-            call = f"{name}({', '.join(map(str, entry.parameters))})" if entry.parameters else name
-            needs = f"; needs {', '.join(entry.needs)}" if entry.needs else ""
-            print(f"{call:24} {entry.formula} [{entry.source}{needs}]")
+    if not cfg.completions:
+        if cfg.reward:
+            raise UserError("scoring wants completions too: add --completions=FILE")
+        _list_rewards()
         return
-    if not cfg.reward or not cfg.completions:
-        missing = "--completions=FILE" if cfg.reward else "--reward=EXPRESSION"
-        raise UserError(f"scoring needs both --reward and --completions: add {missing}")
-    score_fn = parse(cfg.reward)
     rollouts, marks = read_completions(cfg.completions)
-    score = score_fn(rollouts).numpy()
+    chosen = [parse(cfg.reward)] if cfg.reward else watched()
     golds = [p.answer for p in rollouts.problem]
     label = np.array(grade.correct(rollouts.text, golds) if marks is None else marks)
-    print(f"reward      {score_fn}, {len(score)} completions")
-    print(f"mean        {score.mean():.4f}")
-    print(f"share > 0   {(score > 0).mean():.4f}")
-    print(f"correct     {label.mean():.4f} ({'graded here' if marks is None else 'their column'})")
-    if np.isin(score, (0, 1)).all():
-        print(f"agreement   {((score == 1) == label).mean():.4f}")
-    area = auroc(score, label)
-    print(
-        f"AUROC       {'undefined: all right or all wrong' if math.isnan(area) else f'{area:.4f}'}"
-    )
+    print(f"{len(label)} completions, {label.mean():.4f} correct "
+          f"({'graded here' if marks is None else 'their column'})")  # fmt: skip
+    print(f"{'reward':<22}{'mean':>9}{'share > 0':>11}{'agreement':>11}{'AUROC':>9}")
+    for score_fn in chosen:
+        if not cfg.reward and score_fn.missing(rollouts):
+            continue
+        score = score_fn(rollouts).numpy()
+        binary = np.isin(score, (0, 1)).all()
+        agreement = f"{((score == 1) == label).mean():.4f}" if binary else "-"
+        area = auroc(score, label)
+        print(f"{str(score_fn):<22}{score.mean():>9.4f}{(score > 0).mean():>11.4f}"
+              f"{agreement:>11}{'-' if math.isnan(area) else f'{area:.4f}':>9}")  # fmt: skip
 
 
 if __name__ == "__main__":

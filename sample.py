@@ -18,8 +18,8 @@ import tiny
 from checkpoint import read_config, trained_weights
 from configurator import UserError, configure, run
 from data import Problem, load_problems, prepare
-from engine import EVAL_NOISE, Progress, generate
-from eval import decode, load_for_eval
+from engine import EVAL_NOISE, Progress, decode, generate
+from eval import load_for_eval
 from lora import adapter_off
 from model import end_token_ids, load_model
 

@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+import rewards
+import tiny
 from checkpoint import read_config
 from configurator import UserError
 from grpo import AdvNorm, Clip, KLType, LossAgg
@@ -25,11 +27,13 @@ class Config:
     # Data
     train_data: str = "deepscaler"  # deepscaler, math_train, gsm8k, tiny, a file, folder or hub id
     eval_data: str = "math500"  # likewise; its problems are dropped from train_data
+    one_shot: str = ""  # train on one problem: its id, a piece of its text, or pi_1 (2504.20571)
     prompt: str = "qwen_math"  # prompt format: qwen_math, simplerl, none
     max_prompt_tokens: int = 1024  # longer prompts are dropped, and counted
     max_new_tokens: int = 3072  # response budget, tokens
     # Reward
     reward: str = "ground_truth"  # expression, e.g. random(0.5), format & ~python; see rewards.py
+    verifier: str = "Qwen/Qwen2.5-1.5B"  # the second model, which only cross_model asks
     truncated: Literal["keep", "mask", "zero"] = "keep"  # cut-off: as any, out of loss, reward 0
     # Step
     steps: int = 300  # steps of the run
@@ -133,6 +137,12 @@ def check(cfg: Config) -> list[str]:
         warnings.append(
             f"eval_k={cfg.eval_k} cannot act: greedy samples (eval_temperature=0) agree"
         )
+    reward = rewards.parse(cfg.reward)
+    if set(reward.names) == {"constant"}:
+        warnings.append(f"reward={cfg.reward}: the same for all, no weight moves (a null test)")
+    if cfg.verifier != Config.verifier and "cross_model" not in reward.names:
+        if not tiny.is_tiny(cfg.verifier):  # which the tiny scale files set
+            warnings.append(f"verifier={cfg.verifier} cannot act: the reward has no cross_model")
     if cfg.lr == 0:
         warnings.append("lr=0: nothing is learned (a null test)")
     return warnings

@@ -10,7 +10,8 @@ the two habits shows its working and is mostly right, the other guesses:
 
 About a fifth of the answers are not boxed, so that the format reward has work. Some problems are
 longer chains (hard), on which the good habit usually leaves out the last operation: their majority
-answer is wrong. `tiny_hard` and `tiny_bad_hard` name these as data.
+answer is wrong. `tiny_hard` and `tiny_bad_hard` name these as data. With `_labels` behind it, any
+of the four names means its first training problems, with majority labels by the base model.
 """
 
 import hashlib
@@ -18,6 +19,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +29,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from configurator import UserError
-from data import Problem
+from data import Problem, load_problems
 
 CODE_SHARE = 0.65  # of the base model's answers, in both families (Qwen2.5-Math-7B: 0.65)
 BOXED_SHARE = 0.8
@@ -35,6 +38,8 @@ HARD_SHARE = 0.15  # of the problems
 EASY_OPS, HARD_OPS = (2, 4), (6, 7)  # number of operations, ends included
 TRAIN_STEPS, TRAIN_BATCH, TRAIN_LR = 600, 128, 3e-3
 N_TRAIN, N_TEST = 4000, 500
+N_LABELS, LABEL_SAMPLES = 1000, 16  # problems with a majority label, samples behind each
+RESPONSE_TOKENS = 56  # enough for any answer of the base model
 FAMILIES = ("tiny", "tiny_bad")
 
 OPERATIONS = {"add": "+", "minus": "-", "times": "*"}
@@ -207,7 +212,7 @@ def train_base(family: str, tokenizer, seed: int, steps: int = TRAIN_STEPS) -> t
 
 def is_tiny(name: str) -> bool:
     """Whether a model or data name means the tiny world."""
-    return name.removesuffix("_hard") in FAMILIES
+    return name.removesuffix("_labels").removesuffix("_hard") in FAMILIES
 
 
 def resolve(name: str, cache: Path | None = None, seed: int = 0, steps: int = TRAIN_STEPS) -> str:
@@ -215,27 +220,51 @@ def resolve(name: str, cache: Path | None = None, seed: int = 0, steps: int = TR
 
     The folder is an ordinary Hugging Face model with train.jsonl and test.jsonl beside it, and a
     folder `hard` with the longer chains alone. It is named after this file's contents, so that a
-    changed recipe makes a new one.
+    changed recipe makes a new one. The labelled data of either stands in a folder `labels` in it.
     """
     if not is_tiny(name):
         return name
-    family = name.removesuffix("_hard")
+    data = name.removesuffix("_labels")
+    family = data.removesuffix("_hard")
     cache = cache or Path(__file__).parent / "cache"
     recipe = hashlib.sha256(Path(__file__).read_bytes() + repr((seed, steps)).encode())
-    folder = cache / f"{family}-{recipe.hexdigest()[:8]}"
-    if not folder.exists():
-        build(family, folder, seed, steps)
-    return str(folder / "hard" if name.endswith("_hard") else folder)
+    world = cache / f"{family}-{recipe.hexdigest()[:8]}"
+    if not world.exists():
+        build(family, world, seed, steps)
+    folder = world / "hard" if data.endswith("_hard") else world
+    if name.endswith("_labels"):
+        if not (folder / "labels").exists():
+            build_labels(world, folder, seed, f"labelling {data}, once")
+        folder = folder / "labels"
+    return str(folder)
 
 
-def build(family: str, folder: Path, seed: int = 0, steps: int = TRAIN_STEPS) -> None:
-    """Make the folder, whole or not at all; a second process that builds it too does no harm."""
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """An empty folder that becomes `folder` once it is filled, whole or not at all.
+
+    A second process that makes the same folder does no harm.
+    """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=folder.name + ".", dir=folder.parent))
     except OSError as error:
         raise UserError(f"{folder.parent}: cannot write the tiny world here: {error}") from error
     try:
+        yield work
+        os.chmod(work, 0o755)
+        try:
+            work.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def build(family: str, folder: Path, seed: int = 0, steps: int = TRAIN_STEPS) -> None:
+    """Make the problems, the tokenizer and the base model of a family in the folder."""
+    with _whole(folder) as work:
         tokenizer = make_tokenizer()
         rng, seen = np.random.default_rng((seed, 99)), set()
         for sub, hard in (("", None), ("hard", True)):
@@ -251,11 +280,21 @@ def build(family: str, folder: Path, seed: int = 0, steps: int = TRAIN_STEPS) ->
         torch.set_num_threads(threads)
         model.save_pretrained(work)
         tokenizer.save_pretrained(work)
-        os.chmod(work, 0o755)
-        try:
-            work.rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+
+
+def build_labels(world: Path, data: Path, seed: int = 0, desc: str = "labels") -> None:
+    """Make data/labels: the first problems of data's train.jsonl with majority labels by the base
+    model of the folder world, and data's test.jsonl."""
+    import labels  # here, since no other use of the tiny world needs an engine
+    from model import load_model, load_tokenizer
+
+    model, tokenizer = load_model(str(world)), load_tokenizer(str(world))
+    problems = load_problems(str(data), "train")[:N_LABELS]
+    items = [(p, list(tokenizer(p.problem)["input_ids"])) for p in problems]
+    sampled = labels.label(
+        model, tokenizer, items, LABEL_SAMPLES, RESPONSE_TOKENS, seed, rollout_rows=1024, desc=desc
+    )
+    with _whole(data / "labels") as work:
+        rows = [row for part in sampled for row in part]
+        (work / "train.jsonl").write_text(labels.render(rows, "equivalence"))
+        shutil.copy(data / "test.jsonl", work / "test.jsonl")

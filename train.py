@@ -35,26 +35,25 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-import grade
 import grpo
 import rewards
 import tiny
-from checkpoint import RunFolder, StopOnCtrlC, sample_log, summary_table
+from checkpoint import RunFolder, StopOnCtrlC, save_rows
 from configurator import UserError, configure, format_config, run
 from data import (
     Problem,
     Rollouts,
     batch_indices,
-    drop_overlap,
     load_problems,
     partition,
     prepare,
     subset,
 )
-from engine import TRAIN_NOISE, Progress, generate
-from eval import check_positions, choose_device, decode, evaluate, save_rows
+from engine import TRAIN_NOISE, Progress, decode, generate
+from eval import check_positions, choose_device, evaluate
 from lora import add_lora, reference, trainable
 from memory import peak_memory, worst_case
+from metrics import describe, sample_log, summary_table
 from model import (
     TokenStats,
     checkpoint_activations,
@@ -63,7 +62,9 @@ from model import (
     load_tokenizer,
     token_stats,
 )
+from problems import training_problems
 from settings import Config, check, choose_scale, learning_rate
+from verifier import Verifier
 
 Tokenizer = PreTrainedTokenizerBase
 Items = list[tuple[Problem, list[int]]]  # problems and their prompts' token ids
@@ -122,26 +123,36 @@ def forward(
 
 @torch.no_grad()
 def score(
-    model: nn.Module, base: Base | None, rollouts: Rollouts, parts: Parts, cfg: Config
+    model: nn.Module,
+    base: Base | None,
+    rollouts: Rollouts,
+    parts: Parts,
+    cfg: Config,
+    verifiers: dict[str, Verifier] | None = None,
 ) -> None:
-    """Fill old_logp, entropy, self_certainty and, where there is a base policy, ref_logp.
+    """Fill old_logp, entropy, self_certainty; ref_logp and base_self_certainty where there is a
+    base policy; cross_logp of each second model.
 
     On the same micro-batches and by the same forward as the update: in bf16 another batch shape
     moves ratios by several percent, and the first ratio of a step must be exactly 1.
     """
-    shape = rollouts.mask.shape
-    names = {"logp": "old_logp", "entropy": "entropy", "self_certainty": "self_certainty"}
-    for name in (*names.values(), *(["ref_logp"] if base else [])):
-        setattr(rollouts, name, torch.zeros(shape))
+    ours = {"old_logp": "logp", "entropy": "entropy", "self_certainty": "self_certainty"}
+    theirs = {"ref_logp": "logp", "base_self_certainty": "self_certainty"} if base else {}
+    for name in (*ours, *theirs):
+        setattr(rollouts, name, torch.zeros(rollouts.mask.shape))
+
+    def store(stats: TokenStats, names: dict[str, str], rows: list[int]) -> None:
+        for name, statistic in names.items():
+            values = getattr(stats, statistic)  # [b, R of these rows]
+            getattr(rollouts, name)[rows, : values.shape[1]] = values.cpu()
+
     for rows in _bar([rows for mini in parts for rows in mini], "  score"):
-        stats = forward(model, rollouts, rows, cfg, full=True)
-        for ours, theirs in names.items():
-            values = getattr(stats, ours)
-            getattr(rollouts, theirs)[rows, : values.shape[1]] = values.cpu()
+        store(forward(model, rollouts, rows, cfg, full=True), ours, rows)
         if base:
             with base() as base_model:
-                values = forward(base_model, rollouts, rows, cfg, full=False).logp
-            rollouts.ref_logp[rows, : values.shape[1]] = values.cpu()
+                store(forward(base_model, rollouts, rows, cfg, full=True), theirs, rows)
+    for name, verifier in (verifiers or {}).items():
+        rollouts.cross_logp[name] = verifier.mean_logp(rollouts, cfg.micro_batch_tokens)
 
 
 def update(
@@ -211,32 +222,6 @@ def update(
     }
 
 
-def describe(r: Rollouts, reward: torch.Tensor) -> dict:
-    """The step's metrics that the rollouts alone decide, before any update."""
-    tokens = r.length.sum().item()
-    groups = reward.view(-1, r.group_size)
-    correct = torch.tensor(grade.correct(r.text, [p.answer for p in r.problem]))
-    gap = (r.sampler_logp - r.old_logp).abs()
-    metrics = {
-        "reward": reward.mean().item(),
-        "reward_std": groups.std(1).mean().item() if r.group_size > 1 else 0.0,
-        "flat_groups": grpo.flat_groups(reward, r.group_size).float().mean().item(),
-        "accuracy": correct.float().mean().item(),
-        "code_frequency": rewards.parse("python")(r).mean().item(),
-        "boxed": rewards.parse("format")(r).mean().item(),
-        "length": r.length.float().mean().item(),
-        "truncated": 1 - r.finished.float().mean().item(),
-        "entropy": r.entropy.sum().item() / tokens,
-        "self_certainty": rewards.parse("self_certainty")(r).mean().item(),
-        "kl": None if r.ref_logp is None
-        else grpo.kl(r.old_logp, r.ref_logp)[r.mask].mean().item(),
-        "sampler_gap": gap.sum().item() / tokens,
-        "sampler_gap_max": gap.max().item(),
-        "grader_timeouts": grade.grader().timeouts,
-    }  # fmt: skip
-    return metrics
-
-
 # ----------------------------------------------------------------------------------------- the run
 
 
@@ -253,14 +238,13 @@ def train(cfg: Config) -> list[dict]:
     name = tiny.resolve(cfg.model)
     tokenizer = load_tokenizer(name)
     held_out = load_problems(tiny.resolve(cfg.eval_data), "test")  # all of it, whatever eval_n
-    problems = load_problems(tiny.resolve(cfg.train_data), "train")
-    problems, overlap = drop_overlap(problems, held_out)
+    problems, dropped = training_problems(
+        cfg.train_data, held_out, reward_fn, cfg.one_shot, cfg.model
+    )
     items, too_long = prepare(problems, cfg.prompt, tokenizer, cfg.max_prompt_tokens)
     chosen = subset(held_out, cfg.eval_n)
     eval_items, eval_long = prepare(chosen, cfg.prompt, tokenizer, cfg.max_prompt_tokens)
-    print(
-        f"train: {len(items)} problems ({overlap} in the eval set and {too_long} too long dropped)"
-    )
+    print(f"train: {len(items)} problems (dropped: {dropped}, {too_long} too long)")
     print(f"eval: {len(eval_items)} problems ({eval_long} too long dropped)")
 
     folder = RunFolder(Path(cfg.out_dir), asdict(cfg), cfg.resume)
@@ -270,12 +254,22 @@ def train(cfg: Config) -> list[dict]:
     if cfg.lora_r:
         add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.seed)
     else:
-        frozen = copy.deepcopy(model) if cfg.kl_coef > 0 else None
+        # Full training keeps no copy of the base unless loss or reward need one; else kl is null.
+        needed = cfg.kl_coef > 0 or "base_self_certainty" in reward_fn.needs
+        frozen = copy.deepcopy(model) if needed else None
         model.requires_grad_(True)
-    # Full training keeps no copy of the base unless the loss needs one; kl is then logged as null.
     base = partial(reference, model, frozen) if cfg.lora_r or frozen else None
     if cfg.gradient_checkpointing:
         checkpoint_activations(model)
+    verifiers = {
+        key: Verifier(
+            tiny.resolve(cfg.verifier if key == "verifier" else key),
+            tokenizer, cfg.prompt, cfg.quant, dtype, device,
+        )
+        for need, _, key in (need.partition(":") for need in reward_fn.needs)
+        if need == "cross_logp"
+    }  # fmt: skip
+    watched = rewards.watched()
     optimizer = torch.optim.AdamW(
         trainable(model).values(), cfg.lr, cfg.adam_betas, weight_decay=cfg.weight_decay
     )
@@ -317,13 +311,13 @@ def train(cfg: Config) -> list[dict]:
             parts = partition(
                 total_len, cfg.updates_per_step, cfg.micro_batch_tokens, cfg.seed, step
             )
-            score(model, base, rollouts, parts, cfg)
+            score(model, base, rollouts, parts, cfg, verifiers)
             t2 = time.perf_counter()
             reward = reward_fn(rollouts)  # [B]
             if cfg.truncated == "zero":
                 reward = reward * rollouts.finished
             advantage = grpo.advantages(reward, cfg.group_size, cfg.adv_norm)
-            metrics = {"step": step, **describe(rollouts, reward)}
+            metrics = {"step": step, **describe(rollouts, reward, watched)}
             t3 = time.perf_counter()
             done = (step - 1) * cfg.updates_per_step
             lrs = [learning_rate(cfg, done + i) for i in range(cfg.updates_per_step)]

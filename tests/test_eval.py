@@ -120,6 +120,9 @@ def test_other_mistakes(tmp_path):
         ([], "nothing to measure"),
         ([f"--run={tmp_path}"], "no readable config.json"),
         (["--model=tiny", "--kk=3"], "kk"),
+        (["--model=tiny", "--k=0"], "k=0: must be at least 1"),
+        (["--model=tiny", "--rollout_rows=0"], "rollout_rows=0: must be"),
+        (["--labels=x.jsonl"], "nothing to measure"),
     ):
         with pytest.raises(UserError, match=word):
             evaluation.main(args)

@@ -1,14 +1,23 @@
 """model.py against transformers, PEFT and float64 distributions."""
 
-import math
-
+import numpy as np
 import pytest
 import torch
 from conftest import batch
+from scipy.stats import entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import grpo
 from configurator import UserError
-from lora import add_lora, load_adapter, lora_layers, reference, save_adapter, trainable
+from lora import (
+    adapter_off,
+    add_lora,
+    load_adapter,
+    lora_layers,
+    reference,
+    save_adapter,
+    trainable,
+)
 from model import checkpoint_activations, end_token_ids, load_model, load_tokenizer, token_stats
 
 FAMILIES = ("qwen2", "llama", "olmo2")
@@ -59,20 +68,81 @@ def test_stats_equal_float64_distributions_of_transformers_logits(
             assert (ours[i, n:] == 0).all()
 
 
-def test_real_model_at_every_token(shared):
+@pytest.fixture(scope="module")
+def stories(shared):
+    """stories260K with an adapter that does something, and two of its texts from first to last
+    token, end token included, padded with that very token: (model, tokens, prompt_len, length)."""
     folder = str(shared / "models" / "stories260K")
     tokenizer = load_tokenizer(folder)
-    ids = tokenizer("Once upon a time, there was a little dog named Tim.")["input_ids"] + [2]
+    texts = ("Once upon a time, there was a little dog named Tim.", "So 3 + 4 is \\boxed{7}.")
+    rows = [torch.tensor(tokenizer(text)["input_ids"] + [2]) for text in texts]
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=2)
     model = load_model(folder)
-    tokens, one = torch.tensor([ids]), torch.tensor([1])
-    stats = token_stats(model, tokens, one, torch.tensor([len(ids) - 1]))
-    logits = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits[0, :-1].double()
-    d = torch.distributions.Categorical(logits=logits)
-    assert torch.allclose(stats.logp[0].double(), d.log_prob(tokens[0, 1:]), rtol=1e-5, atol=1e-5)
-    assert torch.allclose(stats.entropy[0].double(), d.entropy(), rtol=1e-5, atol=1e-5)
-    certainty = -d.logits.mean(-1) - math.log(512)
-    assert torch.allclose(stats.self_certainty[0].double(), certainty, rtol=1e-5, atol=1e-5)
-    assert stats.logp.mean() > -3  # it is the text the model was trained on, not shifted by one
+    add_lora(model, 4, 8)
+    generator = torch.Generator().manual_seed(0)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.01, generator=generator)
+    return model, tokens, torch.ones(2, dtype=torch.int64), torch.tensor([len(r) - 1 for r in rows])
+
+
+def in_float64(model, tokens, length, temperature):
+    """(logp, distributions) of each row's response tokens, from transformers' logits."""
+    with torch.no_grad():
+        logits = model(tokens).logits.double() / temperature
+    for row, n in enumerate(length.tolist()):
+        d = torch.distributions.Categorical(logits=logits[row, :n])
+        yield d.log_prob(tokens[row, 1 : n + 1]), d
+
+
+def close(a, b) -> bool:
+    """Within 1e-5 (1 + |x|)."""
+    return bool(((a.double() - b).abs() <= 1e-5 * (1 + b.abs())).all())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_real_model_at_every_token(stories, temperature):
+    model, tokens, prompt_len, length = stories
+    stats = token_stats(model, tokens, prompt_len, length, temperature)
+    vocab = model.config.vocab_size
+    uniform = torch.distributions.Categorical(logits=torch.zeros(vocab).double())
+    for row, (logp, d) in enumerate(in_float64(model, tokens, length, temperature)):
+        n = len(logp)
+        assert tokens[row, n] == 2 and n == length[row]  # the end token is the last one scored
+        assert close(stats.logp[row, :n], logp) and close(stats.entropy[row, :n], d.entropy())
+        certainty = torch.distributions.kl_divergence(uniform, d)
+        assert close(stats.self_certainty[row, :n], certainty)
+        by_scipy = entropy(np.full(vocab, 1 / vocab), d.probs[0].numpy())
+        assert stats.self_certainty[row, 0].item() == pytest.approx(by_scipy, rel=1e-5)
+        assert stats.logp[row, n:].abs().sum() == 0
+
+
+def test_real_text_is_likely_which_a_shift_by_one_would_spoil(stories):
+    model, tokens, prompt_len, length = stories
+    with adapter_off(model):
+        assert token_stats(model, tokens, prompt_len, length).logp[0, : length[0]].mean() > -3
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_kl_to_the_base_at_every_token(stories, kind):
+    model, tokens, prompt_len, length = stories
+    policy = token_stats(model, tokens, prompt_len, length).logp
+    with adapter_off(model):
+        base = token_stats(model, tokens, prompt_len, length).logp
+        exact_base = [logp for logp, _ in in_float64(model, tokens, length, 1.0)]
+    exact = [logp for logp, _ in in_float64(model, tokens, length, 1.0)]
+    got = grpo.kl(policy, base, kind)
+    for row, (p, q) in enumerate(zip(exact, exact_base, strict=True)):
+        d = q - p
+        want = {"k1": -d, "k2": d**2 / 2, "k3": torch.expm1(d) - d}[kind]
+        assert d.abs().max() > 0.1 and close(got[row, : len(d)], want)
+
+
+def test_chunk_size_changes_nothing_on_a_real_model(stories):
+    results = [token_stats(*stories, chunk=chunk) for chunk in (1, 7, 10_000)]
+    for name in ("logp", "entropy", "self_certainty"):
+        first, *others = (getattr(stats, name).double() for stats in results)
+        for other in others:  # one row alone takes another kernel than several
+            assert ((first - other).abs() <= 1e-6 * (1 + first.abs())).all()
 
 
 def test_chunk_changes_nothing_forward_or_backward(model_folders):

@@ -2,14 +2,16 @@
 
 import json
 import math
+import re
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import mannwhitneyu
+from scipy.stats import mannwhitneyu, pearsonr
 
+import grade
 import rewards
 from configurator import UserError
 
@@ -18,7 +20,7 @@ TEXTS = [r"Python: \boxed{2}", r"\boxed{3}", "import python", r"so \boxed{4/2} o
 
 def make(texts=TEXTS, answer="2", group_size=2, **fields) -> SimpleNamespace:
     rows = torch.arange(len(texts))
-    given = dict(seed=1, step=1, self_certainty=None, mask=None) | fields
+    given = dict(seed=1, step=1, self_certainty=None, mask=None, cluster=None) | fields
     return SimpleNamespace(
         text=list(texts),
         problem=[SimpleNamespace(problem="1 + 1?", answer=answer)] * len(texts),
@@ -42,6 +44,27 @@ def test_rewards_of_the_text():
     assert score("ground_truth") == [1, 0, 0, 0]
     assert score("format") == [1, 1, 0, 0]
     assert score("python") == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "python", "code", "without_the_word"),
+    [
+        ("qwen3_4b_base_math500", 500, 14, 16, [264, 399]),  # a drawing, an empty fence
+        ("qwen25_math_100x8", 800, 5, 5, []),
+        ("tora_code_34b_gsm8k", 1319, 1319, 1319, []),
+    ],
+)
+def test_python_reward_against_code_in_real_completions(
+    shared, name, n, python, code, without_the_word
+):
+    """The word "python" against fences and lines that begin with def or print: docs/GRADING.md."""
+    rollouts, _ = rewards.read_completions(str(shared / "data" / "completions" / f"{name}.jsonl"))
+    word = np.array(score("python", rollouts)) == 1
+    lines = re.compile(r"^\s*(```|def \w+\(|print\()", re.MULTILINE)
+    has_code = np.array([bool(lines.search(text)) for text in rollouts.text])
+    assert (len(word), word.sum(), has_code.sum()) == (n, python, code)
+    assert not (word & ~has_code).any()
+    assert np.flatnonzero(has_code & ~word).tolist() == without_the_word
 
 
 def test_no_repetition():
@@ -71,14 +94,136 @@ def test_no_repetition_is_quick_on_hostile_text():
     assert time.process_time() - started < 5
 
 
-def test_self_certainty_is_the_mean_over_response_tokens():
-    rollouts = make(
-        self_certainty=torch.tensor([[1.0, 2, 6], [4, 2, 0], [5, 0, 0], [0, 0, 0]]),
-        mask=torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]]).bool(),
-    )
-    assert score("self_certainty", rollouts) == [3, 3, 5, 0]
-    with pytest.raises(UserError, match="needs self_certainty"):
-        score("0.1 * self_certainty")
+# ---- rewards of a group's answers: two groups of four
+
+ANSWERS = [
+    r"\boxed{1/2}",
+    r"\boxed{0.5}",
+    r"\boxed{3}",
+    "none",
+    *[r"\boxed{3}"] * 2,
+    r"\boxed{2}",
+    "",
+]
+
+
+def grouped(**fields):
+    return make(ANSWERS, answer="3", group_size=4, **fields)
+
+
+def test_rewards_that_count_answers():
+    """Each group for itself: 3 is a minority in the first and the majority in the second."""
+    assert score("semantic_entropy", grouped()) == [0.5, 0.5, 0.25, 0, 0.5, 0.5, 0.25, 0]
+    assert score("soft_majority", grouped()) == [0.25, 0.25, 0.25, 0, 0.5, 0.5, 0.25, 0]
+    assert score("majority(online)", grouped()) == [1, 1, 0, 0, 1, 1, 0, 0]
+
+
+def test_online_majority_takes_the_first_of_equal_clusters_and_no_answer_never_wins():
+    texts = ["", "", r"\boxed{7}", r"\boxed{8}", "", "", "", ""]
+    assert score("majority(online)", make(texts, group_size=4)) == [0, 0, 1, 0, 0, 0, 0, 0]
+
+
+def test_answers_are_clustered_once_a_batch(monkeypatch):
+    calls = []
+    clusters = grade.clusters
+    monkeypatch.setattr(grade, "clusters", lambda *a: calls.append(a) or clusters(*a))
+    rollouts = grouped()
+    score("semantic_entropy + majority(online)", rollouts)
+    score("semantic_entropy", rollouts)
+    assert len(calls) == 1
+
+
+def test_offline_majority_and_incorrect():
+    rollouts = grouped(label=["0.5"] * 4 + ["3"] * 4)
+    assert score("majority", rollouts) == [1, 1, 0, 0, 1, 1, 0, 0]
+    assert score("majority(offline)", rollouts) == score("majority(label=offline)", rollouts)
+    # the gold answer is 3: the second group's label is right, and teaches nothing here
+    assert score("incorrect", rollouts) == [1, 1, 0, 0, 0, 0, 0, 0]
+    with pytest.raises(UserError, match="eval.py --labels"):
+        score("incorrect")
+
+
+# ---- rewards of what a model thinks
+
+SCORED = dict(
+    mask=torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]]).bool(),
+    length=torch.tensor([3, 2, 1, 0]),
+    self_certainty=torch.tensor([[1.0, 2, 6], [4, 2, 9], [5, 9, 9], [9, 9, 9]]),
+    base_self_certainty=torch.tensor([[2.0, 2, 2], [1, 2, 9], [3, 9, 9], [9, 9, 9]]),
+    entropy=torch.tensor([[3.0, 0, 0], [1, 0, 9], [2, 9, 9], [9, 9, 9]]),
+    old_logp=torch.tensor([[-1.0, -2, 0], [-4, -1, -9], [-3, -9, -9], [-9, -9, -9]]),
+    cross_logp={"verifier": torch.tensor([-1.0, -2, -3, -4]), "a/b": torch.ones(4)},
+)
+
+
+@pytest.mark.parametrize(
+    ("expression", "want"),
+    [
+        ("self_certainty", [3, 3, 5, 0]),
+        ("self_certainty(policy)", [3, 3, 5, 0]),
+        ("self_certainty(base)", [2, 1.5, 3, 0]),
+        ("neg_entropy", [-1, -0.5, -2, 0]),
+        ("neg_entropy(sum)", [-3, -1, -2, 0]),
+        ("neg_entropy(no_answer=-7)", [-1, -0.5, -7, -7]),  # TEXTS: two boxes, two without
+        ("neg_entropy(sum, -7)", [-3, -1, -7, -7]),
+        ("neg_entropy(no_answer=None)", [-1, -0.5, -2, 0]),
+        ("logp", [-3, -5, -3, 0]),
+        ("logp(mean)", [-1, -2.5, -3, 0]),
+        ("cross_model", [-1, -2, -3, -4]),
+        ("cross_model('a/b')", [1, 1, 1, 1]),
+        ("length", [3, 2, 1, 0]),
+        ("constant", [1, 1, 1, 1]),
+        ("constant(-0.5)", [-0.5] * 4),
+    ],
+)
+def test_rewards_over_response_tokens(expression, want):
+    """Whatever stands beyond a response's length (9 here) does not count."""
+    assert score(expression, make(**SCORED)) == want
+
+
+@pytest.mark.parametrize(
+    ("expression", "need"),
+    [
+        ("0.1 * self_certainty", "self_certainty"),
+        ("self_certainty(base)", "base_self_certainty"),
+        ("neg_entropy", "entropy"),
+        ("logp(mean)", "old_logp"),
+        ("length", "length"),
+        ("cross_model(other)", "second model"),
+    ],
+)
+def test_a_missing_input_is_named(expression, need):
+    with pytest.raises(UserError, match=f"needs .*{need}"):
+        score(expression)
+
+
+def test_needs_follow_the_arguments():
+    needs = {
+        e: rewards.parse(e).needs
+        for e in (
+            "majority",
+            "majority(online)",
+            "self_certainty(base)",
+            "cross_model(x)",
+            "format",
+        )
+    }
+    assert list(needs.values()) == [
+        ("label",), (), ("base_self_certainty",), ("cross_logp:x",), ()
+    ]  # fmt: skip
+
+
+def test_watched_are_all_that_need_no_argument_and_run_where_their_inputs_are():
+    watched = {str(one): one for one in rewards.watched()}
+    assert set(rewards.REGISTRY) | set(rewards.VARIANTS) == set(watched)
+    text_only = {name for name, one in watched.items() if not one.missing(make())}
+    assert text_only == {
+        "ground_truth", "majority(online)", "soft_majority", "semantic_entropy", "format", "random",
+        "python", "no_repetition", "constant",
+    }  # fmt: skip
+    full = make(**SCORED, label=["2"] * 4)
+    assert not any(one.missing(full) for one in watched.values())
+    assert all(len(one(full)) == 4 for one in watched.values())
 
 
 def test_random_is_a_function_of_seed_step_prompt_and_sample():
@@ -103,6 +248,21 @@ def test_random_has_its_mean_and_no_correlation_between_neighbours(p):
     assert abs(draws.mean() - p) <= 4 * standard_error
     together = (draws[1:] * draws[:-1]).mean()  # p^2 where independent
     assert abs(together - p * p) <= 6 * standard_error
+
+
+@pytest.mark.parametrize("p", [0.001, 0.5])
+def test_random_over_100_000_draws(p):
+    """Mean within 4 standard errors; independent of length and of what the text says."""
+    rng = np.random.default_rng(0)
+    words = rng.integers(1, 50, size=100_000)
+    code = rng.random(100_000) < 0.65
+    texts = [
+        ("python " if c else "so ") * n for c, n in zip(code.tolist(), words.tolist(), strict=True)
+    ]
+    draws = np.array(score(f"random({p})", make(texts, group_size=16, seed=7)))
+    assert abs(draws.mean() - p) <= 4 * math.sqrt(p * (1 - p) / len(draws))
+    for covariate in (words, code):
+        assert pearsonr(draws, covariate).pvalue > 1e-3
 
 
 # ---- expressions
@@ -149,6 +309,11 @@ def test_parsed_reward_knows_its_names_and_needs():
         ("random(**p)", "no argument"),
         ("random(*p)", "p wants float"),
         ("format(1)", "takes none"),
+        ("majority(on)", "label is one of offline, online, got on"),
+        ("neg_entropy(mean, no_answer=x)", "no_answer wants float"),
+        ("neg_entropy(median)", "over is one of mean, sum"),
+        ("cross_model(3)", "path wants str"),
+        ("constant(1e31)", "too large"),
         ("format and python", "no meaning"),
         ("format * python", "`\\*` wants a number"),
         ("1 - format", "number alone"),
@@ -204,6 +369,9 @@ def test_a_new_reward_is_one_function(registry):
     assert rewards.parse("format & holds(so)").needs == ("self_certainty",)
     with pytest.raises(UserError, match="n wants int"):
         rewards.parse("holds(so, 1.5)")
+    with pytest.raises(UserError, match="holds wants word: write holds\\(word, n=1, twice=False"):
+        rewards.parse("holds()")
+    assert "holds" not in [str(one) for one in rewards.watched()]  # it cannot do without a word
     with pytest.raises(ValueError, match="two rewards"):
         rewards.reward(formula="", source="")(holds)
 
@@ -247,28 +415,40 @@ def test_auroc_by_hand():
 def test_command_line(tmp_path, capsys):
     rewards.main([])
     listed = capsys.readouterr().out
-    assert all(name in listed for name in rewards.REGISTRY) and "p: float = 0.5" in listed
+    assert all(name in listed for name in rewards.REGISTRY) and "random(p=0.5)" in listed
+    assert all(entry.formula in listed and entry.source in listed
+               for entry in rewards.REGISTRY.values())  # fmt: skip
+
+    def table(*argv):
+        rewards.main([*argv, f"--completions={file}"])
+        head, _, *lines = capsys.readouterr().out.splitlines()
+        return head, {line[:22].strip(): line[22:].split() for line in lines}
 
     file = tmp_path / "some.jsonl"
     row = {"problem": "1 + 1?", "answer": "2", "completions": TEXTS, "correct": [True, False] * 2}
     file.write_text(json.dumps(row) + "\n\n" + json.dumps(row) + "\n")
-    rewards.main(["--reward=format & ~python", f"--completions={file}"])
-    out = capsys.readouterr().out
+    head, rows = table("--reward=format & ~python")
+    assert head == "8 completions, 0.5000 correct (their column)"
     # rewards 0 1 0 0 against marks 1 0 1 0: one of four agrees; 4 pairs, 2 ties
-    assert "8 completions" in out and "mean        0.2500" in out
-    assert "agreement   0.2500" in out and "AUROC       0.2500" in out
+    assert rows == {"format & ~python": ["0.2500", "0.2500", "0.2500", "0.2500"]}
 
     del row["correct"]
     file.write_text(json.dumps(row))
-    rewards.main(["--reward=ground_truth - format", f"--completions={file}"])
-    out = capsys.readouterr().out
-    assert "correct     0.2500 (graded here)" in out and "agreement" not in out
+    head, rows = table("--reward=ground_truth - format")
+    assert head == "4 completions, 0.2500 correct (graded here)"
+    assert rows == {"ground_truth - format": ["-0.2500", "0.0000", "-", "0.6667"]}
+    head, rows = table()  # all that text alone decides; labels are not there
+    assert rows["ground_truth"] == ["0.2500", "0.2500", "1.0000", "1.0000"]
+    assert "majority(online)" in rows and "majority" not in rows and "logp" not in rows
+    file.write_text(json.dumps(row | {"label": "3"}))
+    assert table()[1]["incorrect"][0] == "0.2500"
 
 
 @pytest.mark.parametrize(
     ("argv", "content", "says"),
     [
         (["--reward=format"], "", "add --completions"),
+        (["--reward=majority", "--completions=FILE"], None, "needs majority labels"),
         (["--reward=self_certainty", "--completions=FILE"], None, "needs self_certainty"),
         (["--reward=format", "--completions=FILE"], "\n[1]\n", ":2: wants completions"),
         (["--reward=format", "--completions=FILE"], '{"problem": "x"}', ":1: wants completions"),

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import grade
+import labels
 import tiny
 from data import load_problems
 from grade import last_boxed
@@ -79,3 +81,36 @@ def test_names(tmp_path):
     folder = tiny.resolve("tiny_bad", tmp_path, steps=1)
     assert tiny.resolve("tiny_bad_hard", tmp_path, steps=1) == folder + "/hard"
     assert tiny.resolve("tiny", tmp_path, steps=1) != folder
+
+
+def test_labelled_names(tmp_path, monkeypatch):
+    """Majority labels on demand, whole or not at all, kept, with the test problems beside them."""
+    for name, size in (("N_TRAIN", 32), ("N_TEST", 8), ("N_LABELS", 6), ("LABEL_SAMPLES", 3)):
+        monkeypatch.setattr(tiny, name, size)
+    # an untrained model boxes next to nothing
+    monkeypatch.setattr(grade, "last_boxed", lambda text: str(len(text) % 2) if text else None)
+    assert all(tiny.is_tiny(f"{name}_labels") for name in ("tiny", "tiny_bad", "tiny_bad_hard"))
+    assert not tiny.is_tiny("tiny_labels_hard") and not tiny.is_tiny("_labels")
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(labels, "render", interrupt)
+        tiny.resolve("tiny_labels", tmp_path, steps=1)
+    world = tiny.resolve("tiny", tmp_path, steps=1)
+    assert not list(tmp_path.glob("*/*labels*"))
+    for name, data in (("tiny_labels", world), ("tiny_hard_labels", world + "/hard")):
+        folder = tiny.resolve(name, tmp_path, steps=1)
+        assert folder == data + "/labels"
+        made = load_problems(folder, "train")
+        whole = {p.problem: p for p in load_problems(data, "train")[:6]}
+        assert 3 <= len(made) <= 6 and all(p.label in "01" for p in made)
+        assert all(p.answer == whole[p.problem].answer for p in made)
+        assert load_problems(folder, "test") == load_problems(data, "test")
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny, "build_labels", None)  # made once
+        assert tiny.resolve("tiny_hard_labels", tmp_path, steps=1) == folder
+    other = tiny.resolve("tiny_labels", tmp_path, seed=1, steps=1)
+    assert other != world + "/labels" and load_problems(other, "train") != made
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt

@@ -7,12 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+import configurator
+import rewards
 import train as trainer
 from checkpoint import RunFolder, read_jsonl
 from configurator import UserError
-from data import Rollouts, partition
+from data import Problem, Rollouts, partition
 from lora import add_lora, lora_layers, trainable
-from model import load_model
+from model import load_model, token_stats
+from problems import PI_1, pick_one
 from settings import Config, check, choose_scale, learning_rate
 from train import train
 
@@ -68,7 +71,7 @@ def test_the_first_ratio_of_every_step_is_exactly_1(small, monkeypatch):
     assert max(first) > 0
 
 
-@pytest.mark.parametrize("reward", ["random(0)", "random(1)", "0.3 * random(1)"])
+@pytest.mark.parametrize("reward", ["constant", "constant(0.3)", "random(0)", "random(1)"])
 def test_a_constant_reward_moves_no_weight(small, reward):
     train(replace(small, reward=reward))
     a = weights(small.out_dir)
@@ -146,12 +149,12 @@ def test_metrics_samples_and_config_are_there(small):
     history = train(replace(small, eval_every=1, kl_coef=0.1))
     wanted = (
         "step reward reward_std flat_groups accuracy code_frequency boxed length truncated "
-        "clip_frac_low clip_frac_high ratio_mean ratio_max entropy self_certainty kl grad_norm "
-        "sampler_gap tokens_per_s seconds"
+        "clip_frac_low clip_frac_high ratio_mean ratio_max entropy kl grad_norm "
+        "sampler_gap tokens_per_s seconds self_certainty/mean random/std length/auroc"
     ).split()
     assert [m["step"] for m in history] == [0, 1, 2] and "eval_accuracy" in history[0]
     for m in history[1:]:
-        assert set(wanted) <= set(m) and all(math.isfinite(m[k]) for k in wanted)
+        assert set(wanted) <= set(m) and all(math.isfinite(m[k] or 0) for k in wanted)
         assert m["sampler_gap_max"] < 1e-4
     with open(f"{small.out_dir}/samples.jsonl") as file:
         rows = [json.loads(line) for line in file]
@@ -170,13 +173,132 @@ def test_logged_reward_is_the_trained_one_and_random_is_the_same_again(small):
     assert [m["reward"] for m in a] != [m["reward"] for m in c]
 
 
+# ------------------------------------------------------------------------------------ every reward
+
+CONFIGS = sorted((configurator.PROJECT / "config").glob("*.py"))
+
+
+@pytest.mark.parametrize("file", [path.stem for path in CONFIGS])
+def test_every_reward_config_runs(small, tiny_random, tmp_path, file):
+    """One step each, from its file, on the untrained tiny world with labels that are wrong."""
+    labelled = labels_file(tiny_random, tmp_path, right=0)
+    experiment, _ = configurator.configure(Config, [f"config/{file}.py"])
+    cfg = replace(
+        small, reward=experiment.reward, one_shot="0" if experiment.one_shot else "", steps=1,
+        train_data=labelled if "label" in rewards.parse(experiment.reward).needs else tiny_random,
+        verifier=tiny_random,
+    )  # fmt: skip
+    (metrics,) = train(cfg)
+    assert math.isfinite(metrics["reward"]) and 0 <= metrics["flat_groups"] <= 1
+    same = [k for k in metrics if k == f"{cfg.reward}/mean"]
+    assert all(metrics[k] == metrics["reward"] for k in same)
+
+
+def labels_file(world, folder, right: int, wrong: int = 8) -> str:
+    """The world's first training problems, so many with a right and a wrong label, one without."""
+    with open(f"{world}/train.jsonl") as file:
+        rows = [json.loads(next(file)) for _ in range(right + wrong + 1)]
+    for i, row in enumerate(rows[:-1]):
+        row["label"] = str((int(row["answer"]) + (i >= right)) % 10)
+    path = folder / "labels.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_labels_reach_the_rewards_and_incorrect_keeps_the_wrong_ones(
+    small, tiny_random, tmp_path, capsys
+):
+    cfg = replace(small, train_data=labels_file(tiny_random, tmp_path, right=5, wrong=3), steps=1)
+    (m,) = train(replace(cfg, reward="majority"))
+    assert "train: 8 problems (dropped: 0 in the eval set, 1 without a label," in (
+        out := capsys.readouterr().out
+    ), out
+    assert {"majority/mean", "incorrect/auroc", "majority(online)/flat"} <= set(m)
+    train(replace(cfg, reward="incorrect & ~python", out_dir=small.out_dir + "i"))
+    assert "train: 3 problems" in (out := capsys.readouterr().out) and "5 with a right label" in out
+    with pytest.raises(UserError, match=r"train_data=.* has no majority labels: .*--labels="):
+        train(replace(small, reward="majority", out_dir=small.out_dir + "n"))
+    right = labels_file(tiny_random, tmp_path, right=2, wrong=0)
+    with pytest.raises(UserError, match="every label in .* is right"):
+        train(replace(cfg, train_data=right, reward="incorrect", out_dir=small.out_dir + "r"))
+
+
+def test_one_shot_fills_the_batch_with_one_problem(small, capsys, monkeypatch):
+    seen = []
+    advantages = trainer.grpo.advantages
+    monkeypatch.setattr(trainer, "describe", spy_rollouts(seen, trainer.describe))
+    train(replace(small, one_shot="7", steps=1))
+    (r,) = seen
+    assert len({p.problem for p in r.problem}) == 1 and r.problem[0].id == "7"
+    assert r.prompt_index.tolist() == [i // 8 for i in range(32)]  # still four groups of their own
+    assert len(set(r.text)) > 8 and trainer.grpo.advantages is advantages
+    assert "one problem, duplicated: 'Start: " in capsys.readouterr().out
+    with pytest.raises(UserError, match="one_shot=add: .* problems"):
+        train(replace(small, one_shot="add", out_dir=small.out_dir + "2"))
+
+
+def spy_rollouts(seen, function):
+    return lambda r, *args: seen.append(r) or function(r, *args)
+
+
+def test_pi_1_is_found_by_its_content_or_restated():
+    other = Problem("A train leaves", "5", "0")
+    sail = Problem("... exerted by wind on a Sail varies ...", "12.8", "1")
+    assert pick_one([other, sail], "pi_1") is sail
+    assert pick_one([other], "pi_1") is PI_1
+    assert pick_one([other, sail], "TRAIN") is other and pick_one([other, sail], "1") is sail
+    k = 4 / (2 * 8**3)
+    assert k * 4 * 12.8**3 == pytest.approx(32, rel=0.03) and PI_1.answer == "12.8"
+
+
+def test_every_reward_is_logged_at_weight_0(small, monkeypatch):
+    """Of what is logged: the very values of these rollouts, in the group's own statistics."""
+    seen = []
+    monkeypatch.setattr(trainer, "describe", spy_rollouts(seen, trainer.describe))
+    history = train(small)
+    for r, m in zip(seen, history, strict=True):
+        value = rewards.parse("length")(r)
+        groups = value.view(4, 8)
+        assert m["length/mean"] == pytest.approx(value.mean().item())
+        assert m["length/std"] == pytest.approx(groups.std(1).mean().item())
+        assert m["constant/flat"] == 1 and m["constant/std"] == 0
+        assert m["length/flat"] == (groups.amin(1) == groups.amax(1)).float().mean()
+        assert m["accuracy"] == m["ground_truth/mean"] == 0 and m["length/auroc"] is None
+        assert m["random/mean"] == rewards.parse("random")(r).mean()
+        assert "majority/mean" not in m and "cross_model/mean" not in m  # no labels, no verifier
+        assert m["random/mean"] == m["reward"] and m["random/std"] == m["reward_std"]
+    first, second = history
+    # with B = 0 the policy is the base; after an update it is not
+    assert first["self_certainty/mean"] == first["self_certainty(base)/mean"]
+    assert second["self_certainty/mean"] != second["self_certainty(base)/mean"]
+
+
+def test_auroc_of_the_trained_reward_is_logged(small, monkeypatch):
+    right = [True, False] * 16
+    monkeypatch.setattr(trainer.rewards.grade, "correct", lambda texts, golds: right[: len(texts)])
+    (m,) = train(replace(small, reward="ground_truth + 0.5*random(1)", steps=1))
+    assert m["reward_auroc"] == 1 and m["constant/auroc"] == 0.5
+    assert 0 < m["random/auroc"] < 1 and m["length_correct"] > 0 and m["length_wrong"] > 0
+
+
+def test_offline_self_certainty_is_that_of_the_untouched_base(small, tiny_random, monkeypatch):
+    seen = []
+    monkeypatch.setattr(trainer, "describe", spy_rollouts(seen, trainer.describe))
+    for lora_r in (4, 0):
+        folder = f"{small.out_dir}{lora_r}"
+        cfg = replace(small, reward="self_certainty(base)", lora_r=lora_r, out_dir=folder)
+        train(cfg)
+        r = seen[-1]
+        stats = token_stats(load_model(tiny_random), r.tokens, r.prompt_len, r.length)
+        assert torch.allclose(r.base_self_certainty, stats.self_certainty, atol=1e-5)
+        assert (r.self_certainty - stats.self_certainty).abs().max() > 1e-3
+
+
 # ----------------------------------------------------------------------------- what enters the loss
 
 
 def rollouts(tokenizer_end=0):
     """Two groups of two by hand: the last response of each is cut off."""
-    from data import Problem
-
     tokens = torch.tensor([[5, 6, 7, 0, 0], [5, 6, 8, 9, 9], [5, 7, 0, 0, 0], [5, 8, 8, 8, 0]])
     length = torch.tensor([2, 3, 2, 3])
     return Rollouts(
@@ -286,6 +408,8 @@ def test_learning_rate_by_hand():
         ({"clip": "high", "clip_low": 0.1}, "clip_low=0.1 cannot act"),
         ({"kl_type": "k1"}, "kl_type=k1 cannot act"),
         ({"eval_k": 4}, "eval_k=4 cannot act"),
+        ({"reward": "constant(0.5)"}, "no weight moves"),
+        ({"verifier": "some/model"}, "verifier=some/model cannot act"),
     ],
 )
 def test_a_setting_that_cannot_act_warns_once(changes, word):
@@ -323,7 +447,7 @@ def test_the_whole_eval_set_is_kept_out_of_training_whatever_eval_n(small, tiny_
         b.write(a.read())
         b.write('{"problem": "Start: 1 add 1?", "answer": "2"}\n')
     train(replace(small, train_data=f"{small.out_dir}.jsonl", eval_n=10))
-    assert "train: 1 problems (500 in the eval set" in capsys.readouterr().out
+    assert "train: 1 problems (dropped: 500 in the eval set" in capsys.readouterr().out
 
 
 def test_no_cuda_means_the_tiny_scale(monkeypatch):

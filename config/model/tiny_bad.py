@@ -10,6 +10,7 @@ gradient_checkpointing = False
 train_data = "tiny_bad"
 eval_data = "tiny_bad"
 prompt = "none"
+verifier = "tiny"  # the other family
 max_prompt_tokens = 32
 max_new_tokens = 56
 steps = 40

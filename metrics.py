@@ -1,0 +1,97 @@
+"""What is logged of a step: every reward at weight 0, habits, what the sampler and the base say."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import grade
+import grpo
+import rewards
+from data import Rollouts
+from expressions import Reward
+
+
+def describe(r: Rollouts, reward: torch.Tensor, watched: list[Reward]) -> dict:
+    """The step's metrics that the rollouts alone decide, before any update.
+
+    reward float32 [B] is the trained one. For it and, under its own name, for each watched reward
+    whose inputs are there: mean, group std (unbiased, mean over groups), share of flat groups, and
+    AUROC against correctness (None where all or none are right).
+    """
+    tokens = r.length.sum().item()
+    correct = torch.tensor(grade.correct(r.text, [p.answer for p in r.problem]))
+    length = r.length.float()
+    gap = (r.sampler_logp - r.old_logp).abs()
+    trained = summarize_reward(reward, correct, r.group_size)
+    metrics = {
+        "reward": trained["mean"],
+        "reward_std": trained["std"],
+        "flat_groups": trained["flat"],
+        "reward_auroc": trained["auroc"],
+        "accuracy": correct.float().mean().item(),
+        "code_frequency": rewards.parse("python")(r).mean().item(),
+        "boxed": rewards.parse("format")(r).mean().item(),
+        "length": length.mean().item(),
+        "length_correct": length[correct].mean().item() if correct.any() else None,
+        "length_wrong": None if correct.all() else length[~correct].mean().item(),
+        "truncated": 1 - r.finished.float().mean().item(),
+        "entropy": r.entropy.sum().item() / tokens,
+        "kl": None if r.ref_logp is None
+        else grpo.kl(r.old_logp, r.ref_logp)[r.mask].mean().item(),
+        "sampler_gap": gap.sum().item() / tokens,
+        "sampler_gap_max": gap.max().item(),
+    }  # fmt: skip
+    for one in watched:
+        if not one.missing(r):
+            summary = summarize_reward(one(r), correct, r.group_size)
+            metrics |= {f"{one}/{name}": value for name, value in summary.items()}
+    return metrics | {"grader_timeouts": grade.grader().timeouts}
+
+
+def summarize_reward(value: torch.Tensor, correct: torch.Tensor, group_size: int) -> dict:
+    """mean, std, flat and auroc (see describe) of a reward float32 [B]; correct is bool [B]."""
+    auroc = rewards.auroc(value.numpy(), correct.numpy())
+    groups = value.view(-1, group_size)
+    return {
+        "mean": value.mean().item(),
+        "std": groups.std(1).mean().item() if group_size > 1 else 0.0,
+        "flat": grpo.flat_groups(value, group_size).float().mean().item(),
+        "auroc": None if math.isnan(auroc) else auroc,
+    }
+
+
+def sample_log(r: Rollouts, reward: torch.Tensor, advantage: torch.Tensor, n: int) -> list[dict]:
+    """n responses of the step, evenly spread over its rows."""
+    rows = np.linspace(0, len(r.text) - 1, min(n, len(r.text))).round().astype(int).tolist()
+    return [
+        {
+            "step": r.step,
+            "row": i,
+            "problem": r.problem[i].problem,
+            "answer": r.problem[i].answer,
+            "response": r.text[i],
+            "reward": reward[i].item(),
+            "advantage": advantage[i].item(),
+            "correct": bool(grade.correct([r.text[i]], [r.problem[i].answer])[0]),
+        }
+        for i in rows
+    ]
+
+
+def summary_table(history: list[dict], folder: Path) -> None:
+    """Print where the run began and ended."""
+    steps = [m for m in history if "reward" in m]
+    evals = [m for m in history if "eval_accuracy" in m]
+    print(f"\n{'':<24}{'first':>10}{'last':>10}")
+    columns = [("eval_accuracy", evals), ("eval_stderr", evals), ("eval_code_frequency", evals)]
+    keys = "reward reward_auroc accuracy code_frequency boxed length entropy clip_frac_low "
+    keys += "clip_frac_high kl"
+    columns += [(key, steps) for key in keys.split()]
+    for key, rows in columns:
+        if rows and rows[0].get(key) is not None and rows[-1].get(key) is not None:
+            print(f"{key:<24}{rows[0][key]:>10.4f}{rows[-1][key]:>10.4f}")
+    seconds = sum(m["seconds"] for m in steps)
+    print(f"{len(steps)} steps, {seconds / 60:.1f} min; run folder {folder}")
+    print(f"look at it: python -m tools.plot {folder}   python sample.py --run={folder}")

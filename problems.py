@@ -1,0 +1,76 @@
+"""Which problems a run trains on: held-out ones dropped, labels where needed, one-shot."""
+
+import grade
+import tiny
+from configurator import UserError
+from data import Problem, drop_overlap, load_problems
+from expressions import Reward
+
+# The training problem of "one-shot RLVR" (pi_1 of Wang et al., arXiv 2504.20571), in our own words.
+# P = k A V^3 gives V = 2048^(1/3) = 12.699; the paper trains on the label 12.8, and so do we.
+PI_1 = Problem(
+    problem="The pressure P of the wind on a sail varies jointly as the sail's area A and the cube "
+    "of the wind's speed V. At V = 8 miles per hour it is P = 4 pounds on A = 2 square feet. At "
+    "which speed, in miles per hour, is it 32 pounds on 4 square feet? Write the answer as a "
+    "decimal.",
+    answer="12.8",
+    id="pi_1",
+)
+
+
+def pick_one(problems: list[Problem], which: str) -> Problem:
+    """The problem with this id, or the only one whose text holds `which` (case does not count).
+
+    pi_1 is the one on a sail that DeepScaleR holds, or PI_1 where the data hold none. UserError
+    where no problem or more than one is meant.
+    """
+    wanted = "on a sail" if which == "pi_1" else which.casefold()
+    found = [p for p in problems if p.id == which]
+    found = found or [p for p in problems if wanted in p.problem.casefold()]
+    if which == "pi_1" and len(found) != 1:
+        return PI_1
+    if len(found) != 1:
+        raise UserError(
+            f"one_shot={which}: {len(found) or 'no'} problems of train_data have this id or hold "
+            "this text: name one, by its id or more of its text, or pi_1"
+        )
+    return found[0]
+
+
+def training_problems(
+    source: str, held_out: list[Problem], reward: Reward, one_shot: str = "", model: str = ""
+) -> tuple[list[Problem], str]:
+    """The problems of a data set to train on, and a line on what was left out of them.
+
+    Left out: those of the eval set; where the reward compares with majority labels, those without
+    one (`incorrect`: those whose label is right); where one_shot names a problem, all others.
+    Raises UserError where nothing is left; model is the one whose labels the message asks for.
+    """
+    in_tiny_world, labels = tiny.is_tiny(source), "label" in reward.needs
+    if labels and in_tiny_world and not source.endswith("_labels"):
+        source += "_labels"  # the tiny world makes its own
+    problems = load_problems(tiny.resolve(source), "train")
+    problems, overlap = drop_overlap(problems, held_out)
+    dropped = [f"{overlap} in the eval set"]
+    if labels:
+        labelled = [p for p in problems if p.label]
+        if not labelled:
+            raise UserError(
+                f"reward={reward}: train_data={source} has no majority labels: make them by "
+                f"`python eval.py --labels=labels.jsonl --model={model} --data={source}`, then "
+                "--train_data=labels.jsonl"
+            )
+        dropped.append(f"{len(problems) - len(labelled)} without a label")
+        problems = labelled
+    if "incorrect" in reward.names:
+        right = grade.grader().grade([p.label for p in problems], [p.answer for p in problems])
+        problems = [p for p, r in zip(problems, right, strict=True) if not r]
+        if not problems:
+            raise UserError(f"reward={reward}: every label in train_data={source} is right")
+        dropped.append(f"{sum(right)} with a right label")
+    if one_shot:
+        if one_shot == "pi_1" and in_tiny_world:
+            one_shot = problems[0].id  # the tiny world cannot read of sails
+        problems = [pick_one(problems, one_shot)]
+        print(f"one problem, duplicated: {problems[0].problem!r}, answer {problems[0].answer}")
+    return problems, ", ".join(dropped)

@@ -1,0 +1,81 @@
+"""The second model's scores, against transformers' own logits."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tiny
+from configurator import UserError
+from data import Problem, Rollouts
+from model import load_tokenizer
+from verifier import Verifier
+
+PROBLEMS = ["Start: 3 add 4?", "Start: 5 times 2 minus 1?"]
+TEXTS = ["First, 3 plus 4 gives 7.", "\\boxed{7}", "In my head: 9", ""]
+
+
+@pytest.fixture(scope="module")
+def policy_tokenizer():
+    return tiny.make_tokenizer()
+
+
+def rollouts(tokenizer) -> Rollouts:
+    """Two groups of two; the third response was cut off, the last is an end token alone."""
+    finished = [True, True, False, True]
+    prompts = [tokenizer(PROBLEMS[i // 2])["input_ids"] for i in range(4)]
+    end = [tokenizer.eos_token_id]
+    responses = [tokenizer(t)["input_ids"] + end * f for t, f in zip(TEXTS, finished, strict=True)]
+    rows = [torch.tensor(p + r) for p, r in zip(prompts, responses, strict=True)]
+    return Rollouts(
+        tokens=torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
+        prompt_len=torch.tensor([*map(len, prompts)]),
+        length=torch.tensor([*map(len, responses)]),
+        text=TEXTS, problem=[Problem(PROBLEMS[i // 2], "7", str(i)) for i in range(4)],
+        finished=torch.tensor(finished), group_size=2, seed=0, step=1,
+    )  # fmt: skip
+
+
+def by_hand(folder, prompts, responses) -> list[float]:
+    """mean_t log q(y_t), one row at a time, in float64 from transformers' logits."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    means = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + response])).logits[0].double()
+        d = torch.distributions.Categorical(logits=logits[len(prompt) - 1 : -1])
+        means.append(d.log_prob(torch.tensor(response)).mean().item())
+    return means
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [1, 40, 1000])
+def test_same_vocabulary_reads_the_sampled_tokens(
+    tiny_random, policy_tokenizer, micro_batch_tokens
+):
+    r = rollouts(policy_tokenizer)
+    verifier = Verifier(tiny_random, policy_tokenizer, "none")
+    assert verifier.same
+    rows = [(t.tolist(), p, n) for t, p, n in
+            zip(r.tokens, r.prompt_len.tolist(), r.length.tolist(), strict=True)]  # fmt: skip
+    want = by_hand(tiny_random, [t[:p] for t, p, _ in rows], [t[p : p + n] for t, p, n in rows])
+    assert verifier.mean_logp(r, micro_batch_tokens).tolist() == pytest.approx(want, abs=1e-5)
+
+
+def test_another_vocabulary_reads_the_text(shared, policy_tokenizer):
+    """stories260K on the tiny world's responses: its own tokens, prompt and end token."""
+    folder = str(shared / "models" / "stories260K")
+    r = rollouts(policy_tokenizer)
+    verifier = Verifier(folder, policy_tokenizer, "none")
+    assert not verifier.same
+    own = AutoTokenizer.from_pretrained(folder)
+    responses = [
+        own(text, add_special_tokens=False)["input_ids"] + [own.eos_token_id] * finished
+        for text, finished in zip(TEXTS, r.finished.tolist(), strict=True)
+    ]
+    assert responses[3] == [own.eos_token_id]
+    want = by_hand(folder, [own(p.problem)["input_ids"] for p in r.problem], responses)
+    assert verifier.mean_logp(r, 100).tolist() == pytest.approx(want, abs=1e-5)
+
+
+def test_a_verifier_without_the_prompts_chat_template_is_refused(tiny_random, shared):
+    with pytest.raises(UserError, match="no chat template"):
+        Verifier(tiny_random, load_tokenizer(str(shared / "tokenizers" / "qwen2.5")), "qwen_math")
