@@ -336,6 +336,11 @@ def train(cfg: Config) -> list[dict]:
             if cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps):
                 metrics |= run_eval(step)
             log(metrics)
+            if step == first + 4 and all(m.get("flat_groups", 1) == 1 for m in history[-5:]):
+                tqdm.write(
+                    f"warning: reward={cfg.reward} gave each group one value for five steps: "
+                    "while that lasts nothing is learned"
+                )
             folder.log("samples.jsonl", sample_log(rollouts, reward, advantage, cfg.log_samples))
             if last or (cfg.save_every and step % cfg.save_every == 0):
                 folder.save_state(model, tokenizer, optimizer, step)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import configurator
 import sample
 import tiny
 from configurator import UserError, configure
@@ -132,14 +133,35 @@ def test_demo_keeps_resumes_and_restarts(tmp_path):
         demo.state(longer)
 
 
+def test_demo_runs_any_experiment(tmp_path):
+    every = demo.plan(demo.DemoConfig(out=str(tmp_path), seeds=1, experiments=("all",)))
+    assert len(every) == len(list((configurator.PROJECT / "config").glob("*.py"))) > 20
+    two = demo.DemoConfig(out=str(tmp_path), seeds=1, experiments=("constant", "one_shot"))
+    assert [job.args[0] for job in demo.plan(two)] == ["config/constant.py", "config/one_shot.py"]
+    with pytest.raises(UserError, match="experiments=randm: no such file: there are constant"):
+        demo.plan(demo.DemoConfig(experiments=("randm",)))
+
+
+def test_demo_table_has_the_reward_and_arms_are_named_by_what_differs(tmp_path):
+    for name, one_shot, values in (("a", "", (1, 2, 3)), ("b", "pi_1", (7, 7, 7))):
+        write_run(tmp_path / name, reward="length", one_shot=one_shot)
+        rows = [{"step": i, "reward": v, "eval_accuracy": 0.5} for i, v in enumerate(values)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+    lines = demo.table(plot.load_arms([tmp_path / "a", tmp_path / "b"])).splitlines()
+    assert lines[3] == "| length | 1 | 50.0 | - | - | 2 to 2 |"
+    assert lines[4].startswith("| length, one_shot=pi_1 | 1 | 50.0 |")
+    assert lines[4].endswith("| 7 to 7 |")
+
+
 def test_demo_names_the_log_of_a_failed_run_and_ends_the_others(tmp_path, monkeypatch):
     (tmp_path / "train.py").write_text(
         "import sys, time\n"
         "if '--seed=0' in sys.argv: print('step 1'); sys.exit('error: broken')\n"
         "time.sleep(60)\n"
     )
-    monkeypatch.setattr(demo, "PROJECT", tmp_path)
     jobs = demo.plan(demo.DemoConfig(out=str(tmp_path), seeds=2))[3:5]  # a seed 0 and a seed 1
+    monkeypatch.setattr(demo, "PROJECT", tmp_path)
     with pytest.raises(UserError, match=r"seed0\.log: error: broken \(exit status 1\)"):
         demo.run_jobs(jobs, at_once=2, poll=0.1)
     assert all(job.process.poll() is not None for job in jobs)
@@ -147,8 +169,8 @@ def test_demo_names_the_log_of_a_failed_run_and_ends_the_others(tmp_path, monkey
 
 def test_demo_table_has_the_base_first(folders):
     lines = demo.table(plot.load_arms(folders)).splitlines()
-    assert lines[2] == "| before training | 3 | 50.0 | 65.0 | 80.0 |"  # the seeds agree there
-    assert lines[3] == "| format, clip=both | 3 | 30.0 ± 15.3 | 65.0 | 80.0 |"
+    assert lines[2] == "| before training | 3 | 50.0 | 65.0 | 80.0 |  |"  # the seeds agree there
+    assert lines[3] == "| format, clip=both | 3 | 30.0 ± 15.3 | 65.0 | 80.0 |  |"
 
 
 # ---- bench

@@ -205,6 +205,13 @@ def labels_file(world, folder, right: int, wrong: int = 8) -> str:
     return str(path)
 
 
+def test_a_reward_that_tells_nobody_apart_is_warned_of_once(small, capsys):
+    train(replace(small, reward="no_repetition", steps=7, prompts_per_step=1))
+    assert capsys.readouterr().out.count("gave each group one value for five steps") == 1
+    train(replace(small, steps=5, prompts_per_step=1, out_dir=small.out_dir + "2"))
+    assert "gave each group" not in capsys.readouterr().out
+
+
 def test_labels_reach_the_rewards_and_incorrect_keeps_the_wrong_ones(
     small, tiny_random, tmp_path, capsys
 ):

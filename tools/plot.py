@@ -118,7 +118,8 @@ def load_arms(folders: Sequence[Path | str]) -> list[Arm]:
     differing = [key for key in keys if len({json.dumps(c.get(key)) for c in configs.values()}) > 1]
     for name, arm in arms.items():
         config = configs[name]
-        rest = [f"{k}={config[k]}" for k in differing if k in config and k != "reward"]
+        shown = [k for k in differing if config.get(k, "") != "" and k != "reward"]
+        rest = [f"{k}={config[k]}" for k in shown]
         arm.label = ", ".join([str(config.get("reward", "?")), *rest])
     return list(arms.values())
 
