@@ -27,7 +27,7 @@ def worst_case(
     )
     try:
         moments = [torch.empty_like(p) for p in trainable(model).values() for _ in range(2)]
-        token_stats(model, tokens, prompt_len, length, full=False).logp.sum().backward()
+        token_stats(model, tokens, prompt_len, length, also=()).logp.sum().backward()
         model.zero_grad()
         if weights.device.type == "cuda":
             c = model.config

@@ -182,7 +182,7 @@ def token_stats(
     prompt_len: torch.Tensor,
     length: torch.Tensor,
     temperature: float = 1.0,
-    full: bool = True,
+    also: tuple[str, ...] = ("entropy", "self_certainty"),
     chunk: int | None = None,
 ) -> TokenStats:
     """Score response tokens under the model, without ever holding more than a chunk of logits.
@@ -194,9 +194,9 @@ def token_stats(
         entropy        H(p)       = -sum_v p_v log p_v       with log p = z - logsumexp(z)
         self_certainty KL(U || p) = logsumexp(z) - mean_v z_v - log V    (arXiv 2505.19590, eq. 2)
 
-    full=False computes logp alone (the update). logp is the same to the bit either way, and with or
-    without gradients, which is what makes the first ratio of a step exactly 1. chunk: tokens whose
-    logits are held at once, forward and backward; by default LOGITS_CHUNK / V.
+    also: which of these two to compute beside logp; () in the update. logp is the same to the bit
+    either way, and with or without gradients: so the first ratio of a step is exactly 1. chunk:
+    tokens whose logits are held at once, forward and backward; by default LOGITS_CHUNK / V.
     """
     T = int((prompt_len + length).max())
     R = int(length.max())
@@ -215,9 +215,9 @@ def token_stats(
     for h, y in zip(hidden.split(chunk), target.split(chunk), strict=True):
         if torch.is_grad_enabled() and hidden.requires_grad:
             # The chunk's logits are computed again in backward instead of being kept.
-            part = checkpoint(_chunk_stats, output, h, y, temperature, full, use_reentrant=False)
+            part = checkpoint(_chunk_stats, output, h, y, temperature, also, use_reentrant=False)
         else:
-            part = _chunk_stats(output, h, y, temperature, full)
+            part = _chunk_stats(output, h, y, temperature, also)
         parts.append(part)
 
     def scatter(values: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:
@@ -230,17 +230,18 @@ def token_stats(
 
 
 def _chunk_stats(
-    output: nn.Module, h: torch.Tensor, y: torch.Tensor, temperature: float, full: bool
+    output: nn.Module, h: torch.Tensor, y: torch.Tensor, temperature: float, also: tuple[str, ...]
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     z = output(h).float()  # [n, V]
     if temperature != 1.0:
         z = z / temperature
     lse = z.logsumexp(-1)  # [n]
     logp = z.gather(-1, y[:, None])[:, 0] - lse
-    if not full:
-        return logp, None, None
+    entropy = certainty = None
     with torch.no_grad():
-        log_p = z - lse[:, None]
-        entropy = -(log_p.exp() * log_p).sum(-1)  # lse - sum p z would cancel where H is small
-        certainty = lse - z.mean(-1) - math.log(z.shape[-1])
+        if "entropy" in also:
+            log_p = z - lse[:, None]
+            entropy = -(log_p.exp() * log_p).sum(-1)  # lse - sum p z would cancel where H is small
+        if "self_certainty" in also:
+            certainty = lse - z.mean(-1) - math.log(z.shape[-1])
     return logp, entropy, certainty

@@ -23,7 +23,7 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
@@ -113,12 +113,12 @@ def sample_rollouts(
 
 
 def forward(
-    model: nn.Module, rollouts: Rollouts, rows: list[int], cfg: Config, full: bool
+    model: nn.Module, rollouts: Rollouts, rows: list[int], cfg: Config, also: Iterable[str] = ()
 ) -> TokenStats:
-    """Statistics of one micro-batch: the one forward that scoring and update share."""
+    """logp of one micro-batch, and statistics also: the forward that scoring and update share."""
     device = next(model.parameters()).device
     part = (t[rows].to(device) for t in (rollouts.tokens, rollouts.prompt_len, rollouts.length))
-    return token_stats(model, *part, temperature=cfg.temperature, full=full)
+    return token_stats(model, *part, temperature=cfg.temperature, also=tuple(also))
 
 
 @torch.no_grad()
@@ -147,10 +147,10 @@ def score(
             getattr(rollouts, name)[rows, : values.shape[1]] = values.cpu()
 
     for rows in _bar([rows for mini in parts for rows in mini], "  score"):
-        store(forward(model, rollouts, rows, cfg, full=True), ours, rows)
+        store(forward(model, rollouts, rows, cfg, ours.values()), ours, rows)
         if base:
             with base() as base_model:
-                store(forward(base_model, rollouts, rows, cfg, full=True), theirs, rows)
+                store(forward(base_model, rollouts, rows, cfg, theirs.values()), theirs, rows)
     for name, verifier in (verifiers or {}).items():
         rollouts.cross_logp[name] = verifier.mean_logp(rollouts, cfg.micro_batch_tokens)
 
@@ -179,7 +179,7 @@ def update(
         rows_in_mini = [row for rows in mini for row in rows]
         normalizer = grpo.normalizer(in_loss[rows_in_mini], cfg.loss_agg)
         for rows in mini:
-            logp = forward(model, rollouts, rows, cfg, full=False).logp  # [b, R]
+            logp = forward(model, rollouts, rows, cfg).logp  # [b, R]
             R = logp.shape[1]
             mask = in_loss[rows, :R].to(device)
             loss, stats = grpo.policy_loss(

@@ -50,7 +50,7 @@ class Verifier:
         mean = torch.zeros(len(rollouts.text))
         for part in partition((prompt_len + length).tolist(), 1, micro_batch_tokens, 0, 0)[0]:
             batch = (t[part].to(device) for t in (tokens, prompt_len, length))
-            logp = token_stats(self.model, *batch, full=False).logp  # [b, R], 0 beyond length
+            logp = token_stats(self.model, *batch, also=()).logp  # [b, R], 0 beyond length
             mean[part] = logp.sum(1).cpu() / length[part]
         return mean
 

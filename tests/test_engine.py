@@ -148,5 +148,5 @@ def gradient(model):
     from conftest import batch
 
     model.zero_grad()
-    token_stats(model, *batch(3), full=False).logp.sum().backward()
+    token_stats(model, *batch(3), also=()).logp.sum().backward()
     return torch.cat([p.grad.flatten() for p in trainable(model).values()])

@@ -166,7 +166,7 @@ def test_no_more_than_a_chunk_of_logits_is_held(model_folders):
     sizes = []
     model.lm_head.register_forward_hook(lambda m, i, out: sizes.append(out.shape[0]))
     tokens, prompt_len, length = batch(2, n=8)
-    logp = token_stats(model, tokens, prompt_len, length, chunk=7, full=False).logp
+    logp = token_stats(model, tokens, prompt_len, length, chunk=7, also=()).logp
     forward = len(sizes)
     logp.sum().backward()
     assert max(sizes) == 7 and sum(sizes[:forward]) == length.sum()
@@ -180,9 +180,9 @@ def test_scoring_and_update_give_the_same_bits(model_folders, quant, dtype):
     args = batch(3, n=6)
     with torch.no_grad():
         scored = token_stats(model, *args).logp
-    plain = token_stats(model, *args, full=False).logp
+    plain = token_stats(model, *args, also=()).logp
     checkpoint_activations(model)
-    checkpointed = token_stats(model, *args, full=False).logp
+    checkpointed = token_stats(model, *args, also=()).logp
     assert torch.equal(scored, plain) and torch.equal(scored, checkpointed)
     checkpointed.sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in trainable(model).values())
@@ -194,7 +194,7 @@ def test_gradient_checkpointing_changes_no_gradient(model_folders):
         model = with_adapter(model_folders["olmo2"])
         if on:
             checkpoint_activations(model)
-        token_stats(model, *batch(4), full=False).logp.sum().backward()
+        token_stats(model, *batch(4), also=()).logp.sum().backward()
         grads.append(torch.cat([p.grad.flatten() for p in trainable(model).values()]))
     assert torch.equal(*grads)
 

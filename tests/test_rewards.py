@@ -3,6 +3,9 @@
 import json
 import math
 import re
+import shutil
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -13,7 +16,7 @@ from scipy.stats import mannwhitneyu, pearsonr
 
 import grade
 import rewards
-from configurator import UserError
+from configurator import PROJECT, UserError
 
 TEXTS = [r"Python: \boxed{2}", r"\boxed{3}", "import python", r"so \boxed{4/2} or \boxed{"]
 
@@ -374,6 +377,32 @@ def test_a_new_reward_is_one_function(registry):
     assert "holds" not in [str(one) for one in rewards.watched()]  # it cannot do without a word
     with pytest.raises(ValueError, match="two rewards"):
         rewards.reward(formula="", source="")(holds)
+
+
+def test_the_readmes_reward_in_a_copy_of_the_project(tmp_path, tiny_random):
+    """As a reader would: its lines behind rewards.py, its name in a config file, one run."""
+    readme = (PROJECT / "README.md").read_text()
+    block = readme.partition("# rewards.py\n")[2].partition("```")[0]
+    assert block.startswith("@reward(")
+    for path in PROJECT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    with open(tmp_path / "rewards.py", "a") as file:
+        file.write("\n" + block)
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "asks.py").write_text('reward = "asks & ~python"\n')
+    (tmp_path / "config" / "model").mkdir()
+    shutil.copy(PROJECT / "config" / "model" / "tiny.py", tmp_path / "config" / "model")
+    command = [sys.executable, "train.py", "config/asks.py", "config/model/tiny.py", "--steps=1"]
+    command += [f"--{key}={tiny_random}" for key in ("model", "train_data", "eval_data")]
+    command += ["--eval_every=0", "--out_dir=run", "--max_new_tokens=12", "--log_samples=128"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    samples = [json.loads(row) for row in rows]
+    want = ["?" in s["response"] and "python" not in s["response"].lower() for s in samples]
+    assert [s["reward"] for s in samples] == want and 0 < sum(want) < len(want) == 128
+    metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert metrics["reward"] == sum(want) / 128 <= metrics["asks/mean"] < 1
 
 
 def test_a_reward_owes_one_finite_number_a_row(registry):
