@@ -1,150 +1,26 @@
-"""The grading rule: find the answer in a text, and decide whether it is the gold one.
+"""The grading rule: whether an answer, spelt by spelling.py, is the gold one (`is_equiv`).
 
-`last_boxed` finds the answer, `is_equiv` compares it with the gold one. What is decided for units,
-lists or equations, and an audit of it, are in docs/GRADING.md; batches belong to grade.py.
+What is decided for units, lists or equations, and an audit of it, are in docs/GRADING.md; batches
+belong to grade.py.
 
 The comparison takes answers apart here (lists, tuples, intervals, matrices, units, `x =`), settles
-plain numbers exactly as fractions, and leaves single expressions to Math-Verify, whose yes is
-checked to 40 digits: its own numeric test holds 1/2^99 and 1/2^98 for equal.
+plain numbers exactly as fractions, and leaves single expressions to symbolic.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import re
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from itertools import accumulate
 
+import symbolic
+from spelling import normalize, spell
+
 MAX_CHARS = 500  # a longer answer is right only if it is the gold string itself
 MAX_EXPONENT = 9999  # beyond it sympy may build numbers that never end
-
-# ---------------------------------------------------------------------------- finding the answer
-
-
-def _group_end(text: str, start: int) -> int | None:
-    """Index of the brace that closes the one at `start`; linear, escaped braces skipped."""
-    depth = 0
-    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
-        if match[0] == "{":
-            depth += 1
-        elif match[0] == "}":
-            depth -= 1
-            if depth == 0:
-                return match.start()
-    return None
-
-
-def _box_at(text: str, start: int) -> str | None:
-    """Content of the box whose backslash is at `start`; None if unterminated or empty."""
-    brace = re.compile(r"\\boxed\s*\{").match(text, start)
-    end = _group_end(text, brace.end() - 1) if brace else None
-    return (text[brace.end() : end].strip() or None) if end is not None else None
-
-
-def last_boxed(text: str) -> str | None:
-    r"""Content of the last \boxed{} by brace matching, stripped; None without one.
-
-    The last \boxed decides: when it is unterminated or empty there is no answer, whatever earlier
-    boxes or prose say. Linear in the length of the text.
-    """
-    start = text.rfind(r"\boxed")
-    return _box_at(text, start) if start >= 0 else None
-
-
-def lenient_answer(text: str) -> str | None:
-    """A second, separate metric, never a reward: what a kind reader would take for the answer.
-
-    The last complete box anywhere; else what follows the last "answer is", "answer:" or "####" on
-    its line; else the last number.
-    """
-    end = len(text)
-    for _ in range(20):  # enough for any honest text, and keeps hostile text linear
-        end = text.rfind(r"\boxed", 0, end)
-        if end < 0:
-            break
-        if (box := _box_at(text, end)) is not None:
-            return box
-    phrases = list(re.finditer(r"(?i)answer(?: is|:)|####", text))
-    if phrases:
-        line = text[phrases[-1].end() :].lstrip(" :*").split("\n", 1)[0].rstrip(" *.")
-        if line:
-            return line
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+", text)
-    return numbers[-1].rstrip(",") if numbers else None
-
-
-# ------------------------------------------------------------------------------------ normal form
-
-_UNICODE = str.maketrans(
-    {"−": "-", "×": r"\times ", "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le "}
-    | {"≥": r"\ge ", "∪": r"\cup ", "∈": r"\in ", "√": r"\sqrt ", "°": r"^\circ ", "±": r"\pm "}
-    | {"²": "^2", "³": "^3", "\u00a0": " ", "\u202f": " ", "≈": r"\approx "}
-)
-# Commas that are all of one number; with spaces, or in brackets, they make a list.
-_THOUSANDS = re.compile(r"^[^,\d(\[{]*\d{1,3}(?:,\d{3})+(?!\d)[^,]*$")
-_DEGREE = r"(?:\{\})?\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])"
-_FONTS = r"\\(?:text(?:bf|it|rm|normal)|mbox|math(?:rm|bf|it)|operatorname)\s*\{"
-_REWRITES = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in [
-        (r"(?<!\\)\$|\\(?:displaystyle|textstyle|limits)(?![A-Za-z])", ""),
-        (r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\.?", ""),
-        (r"(?<!\\)\\[()\[\]]", ""),
-        (r"(?<=\d)(?:\{,\}|\s*,\s*\\!|\\,|\\ )\s*(?=\d{3}(?!\d))", ""),  # thousands
-        (r"(?<!\\)\\!", ""),
-        (r"(?<!\\)\\[,;:> ]|\\q?quad(?![A-Za-z])|~|\s+", " "),
-        (r"\\%", "%"),
-        (r"<=|\\leq(?:slant)?(?![A-Za-z])", r"\\le "),
-        (r">=|\\geq(?:slant)?(?![A-Za-z])", r"\\ge "),
-        (r"\\lbrace(?![A-Za-z])", r"\\{"),
-        (r"\\rbrace(?![A-Za-z])", r"\\}"),
-        (r"\\(begin|end)\s*\{[bp]?matrix\}", r"\\\1{pmatrix}"),
-        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-        (r"\\(frac|sqrt)(?:\s+(?=[A-Za-z])|\s*(?=\d))([A-Za-z0-9])", r"\\\1{\2}"),
-        (r"(\\frac\s*\{[^{}]*\})\s*([A-Za-z0-9])", r"\1{\2}"),
-        (_DEGREE, r"^\\circ "),
-        (r"([\^_])\s*(-?\d+|[A-Za-z])", r"\1{\2}"),
-        (_FONTS, r"\\text{"),
-        (r"\\text\s*\{\s*([^{}]*?)\s*\}", r"\\text{\1}"),
-        (r"(\d) *\\text\{([mghsL])\}", r"\1\\text{unit \2}"),  # metres, not the variable m
-        (r"\\text\{((?![^{}]*[A-Za-z]{2})[^{}]*|[^{}]*\d[^{}]*)\}", r" \1"),  # no words in it
-        (r"\s*,?\s*(?:\\text\{,? ?(?:and|or)\}|\b(?:and|or)\b)\s*,?\s*", ","),
-        (r"(?<!\d)\.(?=\d)", "0."),
-        (r"^\s*(?:\\approx(?![A-Za-z])|=)", ""),
-        (r"^([+-]?\d{1,3}) (\d{3})(?: (\d{3}))?$", r"\1\2\3"),
-        (r"(?<![A-Za-z0-9]) +| +(?![A-Za-z0-9])|(?<=\d) +(?=[A-Za-z])", ""),
-    ]
-]
-
-
-def normalize(answer: str) -> str:
-    """One spelling for what LaTeX can spell in many ways; meaning is left alone.
-
-    Spaces, `$`, a trailing `.`, sizes (`left`, `big`), `dfrac`, missing braces, thousands
-    separators, matrix brackets, common Unicode. Units, percent signs and `x =` stay: whether they
-    matter depends on the other side.
-    """
-    return _spell(_THOUSANDS.sub(lambda number: number[0].replace(",", ""), answer))
-
-
-def _spell(text: str) -> str:
-    """`normalize`, with the commas of 1,234 left in, since they may be those of a list."""
-    text = text.translate(_UNICODE)
-    for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
-    while True:
-        before = text
-        if text.endswith(".") and not text.endswith(".."):
-            text = text[:-1].rstrip()
-        if text.startswith("{") and _group_end(text, 0) == len(text) - 1:
-            text = text[1:-1].strip()
-        if text == before:
-            break
-    return text
-
 
 # ---------------------------------------------------------------------------- taking answers apart
 
@@ -158,6 +34,8 @@ def _tokens(text: str) -> list[str]:
 
 def _split(text: str, separators: tuple[str, ...]) -> list[str]:
     """Parts of `text` between separators that stand outside all brackets."""
+    if not any(separator in text for separator in separators):
+        return [text.strip()]
     parts, depth = [""], 0
     for token in _tokens(text):
         depth += (token in _OPEN) - (token in _CLOSE)
@@ -180,7 +58,7 @@ def _shape(text: str) -> tuple[str, list[str]]:
     if matrix:
         rows = [_split(row, ("&",)) for row in re.sub(r"\\\\$", "", matrix[1]).split(r"\\")]
         return f"matrix {[len(row) for row in rows]}", [cell for row in rows for cell in row]
-    tokens = _tokens(text)
+    tokens = _tokens(text) if text.startswith(_OPEN) else []
     depths = list(accumulate((t in _OPEN) - (t in _CLOSE) for t in tokens))
     if len(tokens) > 2 and depths[-1] == 0 and min(depths[:-1]) > 0:  # one bracket around it all
         brackets, inside = tokens[0] + tokens[-1], _split("".join(tokens[1:-1]), (",", ";"))
@@ -347,7 +225,8 @@ def _compare_scalars(answer: str, gold: str, decide: Decide) -> bool | None:
 # What must not reach sympy: "3 4" (read as a sum), bases inside an expression (dropped), towers of
 # exponents, huge powers or factorials.
 _REFUSED = re.compile(
-    r"\d \d|\d_|\^\{[\d^{}]*\^|\^\{-?\d{5,}\}|(?:\d{4,}|[)}\]!])!|\\text|[\x00-\x1f\ud800-\udfff]"
+    r"\d \d|[\d)}\]]_|\^\{[\d^{}]*\^|\^\{-?\d{5,}\}|(?:\d{4,}|[)}\]!])!|\\text"
+    r"|[\x00-\x1f\ud800-\udfff]"
 )
 
 
@@ -360,74 +239,20 @@ def _decide(answer: str, gold: str, decide: Decide) -> bool | None:
     return decide(answer, gold)
 
 
-def _math_verify(answer: str, gold: str) -> bool:
-    """Math-Verify on two expressions, each yes confirmed; what it cannot handle is wrong."""
-    import math_verify
-
-    try:
-        a, b = _parse(answer), _parse(gold)
-        # Confirmed first, as that is far quicker to say no. No time limit of Math-Verify's own: it
-        # needs SIGALRM, hence the main thread (Math-Verify#65).
-        return bool(a and b and _confirmed(a[0], b[0])) and math_verify.verify(
-            b, a, strict=True, timeout_seconds=None
-        )
-    except Exception:  # parser and sympy raise nearly anything on odd text; odd is not right
-        return False
-
-
-@functools.lru_cache(maxsize=1000)  # a group shares its gold answer
-def _parse(text: str) -> list:
-    """[sympy object] of a boxed expression, [] if it is none."""
-    import math_verify
-    from latex2sympy2_extended import NormalizationConfig
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it has no time limit
-    text = re.sub(r"(?<![A-Za-z\\])i(?![A-Za-z])", " i ", text)  # else 2i is real and 2 \cdot i not
-    rules = NormalizationConfig(malformed_operators=True, boxed="last")
-    target = math_verify.LatexExtractionConfig(False, 0, rules)
-    return math_verify.parse(rf"\boxed{{{text}}}", [target], "no_fallback", "first_match", None)
-
-
-def _confirmed(a, b) -> bool:
-    """Whether two sympy expressions agree to 40 digits at two points, decimals taken as exact.
-
-    Two equations agree if their left - right are proportional. Sets and inequalities pass.
-    """
-    import sympy
-
-    proportional = isinstance(a, sympy.Eq) and isinstance(b, sympy.Eq)
-    if proportional:
-        a, b = a.lhs - a.rhs, b.lhs - b.rhs
-    if not (isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr)):
-        return True
-    names = sorted(symbol.name for symbol in a.free_symbols | b.free_symbols)
-    if proportional and not names:
-        return False  # 0.56 = 6% is not an equation but a statement
-
-    def at(expression, point: int):
-        exact = {f: sympy.Rational(str(f)) for f in expression.atoms(sympy.Float)}
-        exact |= {s: sympy.Rational(7 * names.index(s.name) + 11, point + 5)
-                  for s in expression.free_symbols}  # fmt: skip
-        return expression.xreplace(exact).doit().evalf(60)
-
-    (a1, a2), (b1, b2) = ([at(e, point) for point in (0, 1)] for e in (a, b))
-    if proportional:
-        a1, a2, b1, b2 = a1 * b2, 0, a2 * b1, 0
-    if not all(sympy.sympify(v).is_number for v in (a1, a2, b1, b2)):
-        return True  # an unknown function, say: no number to check
-    return all(u == v or abs(u - v) <= 1e-40 * max(abs(u), abs(v)) for u, v in ((a1, b1), (a2, b2)))
+_spelt = functools.lru_cache(maxsize=4096)(spell)
+_normal = functools.lru_cache(maxsize=4096)(normalize)
 
 
 def quick_verdict(answer: str | None, gold: str) -> bool | None:
-    """What can be settled without sympy, in microseconds; None is for `_math_verify`."""
+    """What can be settled without sympy, in microseconds; None is for symbolic.py."""
     if answer is None or not answer.strip():
         return False
     if len(answer) > MAX_CHARS or len(gold) > MAX_CHARS:
         return answer.strip() == gold.strip()
-    if _spell(answer) == _spell(gold):
+    if _spelt(answer) == _spelt(gold):
         return True
     with contextlib.suppress(RecursionError):
-        return _compare(normalize(answer), normalize(gold), lambda *_: None)
+        return _compare(_normal(answer), _normal(gold), lambda *_: None)
     return False
 
 
@@ -438,5 +263,5 @@ def is_equiv(answer: str | None, gold: str) -> bool:
     """
     verdict = quick_verdict(answer, gold)
     if verdict is None:
-        verdict = _compare(normalize(answer), normalize(gold), _math_verify)
+        verdict = _compare(_normal(answer), _normal(gold), symbolic.equal)
     return bool(verdict)

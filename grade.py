@@ -26,10 +26,12 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from answers import MAX_CHARS, is_equiv, last_boxed, lenient_answer, normalize, quick_verdict
+from answers import MAX_CHARS, is_equiv, quick_verdict
 from configurator import UserError
+from spelling import last_boxed, lenient_answer, normalize
 
-__all__ = ["Grader", "correct", "grader", "is_equiv", "last_boxed", "lenient_answer", "normalize"]
+__all__ = ["Grader", "clusters", "correct", "grader", "load_completions"]
+__all__ += ["is_equiv", "last_boxed", "lenient_answer", "normalize"]
 
 CACHE_SIZE = 100_000  # verdicts kept by a Grader
 WORKER_BYTES = 1 << 30  # address space of a worker
@@ -95,7 +97,7 @@ class Grader:
         self.timeout = timeout
         self.timeouts = self.errors = 0
         self._workers: list[_Worker | None] = [None] * workers
-        self._cache: dict[tuple[str, str], bool] = {}
+        self._cache: dict[tuple[str | None, str], bool] = {}
         self._lock = threading.Lock()
         atexit.register(self.close)
 
@@ -108,18 +110,27 @@ class Grader:
             verdicts: list[bool | None] = []
             slow: dict[tuple[str, str], list[int]] = {}  # each pair is asked once
             for row, pair in enumerate(zip(answers, golds, strict=True)):
-                verdicts.append(self._cache[pair] if pair in self._cache else quick_verdict(*pair))
-                if verdicts[-1] is None:
-                    slow.setdefault(pair, []).append(row)
+                verdict = self._cache.get(pair)
+                if verdict is None:
+                    verdict = quick_verdict(*pair)
+                    if verdict is None:
+                        slow.setdefault(pair, []).append(row)
+                    else:
+                        self._keep(pair, verdict)
+                verdicts.append(verdict)
             for (pair, rows), replies in zip(slow.items(), self._ask_all(list(slow)), strict=True):
                 self.timeouts += "timeout" in replies
                 self.errors += replies.count("crash")
-                if len(self._cache) >= CACHE_SIZE:
-                    del self._cache[next(iter(self._cache))]  # the oldest
-                self._cache[pair] = "true" in replies
+                self._keep(pair, "true" in replies)
                 for row in rows:
-                    verdicts[row] = self._cache[pair]
+                    verdicts[row] = "true" in replies
             return verdicts
+
+    def _keep(self, pair: tuple[str | None, str], verdict: bool) -> None:
+        if max(len(text or "") for text in pair) <= MAX_CHARS:  # no megabytes
+            if len(self._cache) >= CACHE_SIZE:
+                del self._cache[next(iter(self._cache))]  # the oldest
+            self._cache[pair] = verdict
 
     def _ask_all(self, pairs: list[tuple[str, str]]) -> list[list[str]]:
         """Of each pair what the workers say, more than one thing where a worker died under it."""
