@@ -101,7 +101,7 @@ def _readable_errors(name: str, what: str) -> Iterator[None]:
             "the folder must hold config.json, the weights (*.safetensors) and a tokenizer"
             if local
             else "no such folder here, and the hub is not within reach or has no such model: "
-            "name a local folder, --model=path/to/folder"
+            "name a local folder"
         )
         raise UserError(f"{what} {name!r}: {hint} ({reason})") from error
 
