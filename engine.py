@@ -1,29 +1,29 @@
 """Decoding: batched sampling with a KV cache over the Hugging Face modules.
 
 No forward of our own per architecture: transformers runs its layers, with a cache class and an
-attention function of ours. Each prompt is prefilled once for its whole group; rows that have ended
-leave the batch; the randomness of a token depends on its row and position alone.
+attention function of ours. Each prompt is prefilled once for its whole group; a row that has ended
+leaves, and a waiting one takes its slot; the randomness of a token depends on its row and position
+alone, so neither batch nor slot changes a sample.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
-from transformers import AttentionInterface, PreTrainedTokenizerBase
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import PreTrainedTokenizerBase
 
+from kvcache import KVCache, PrefillCache, Prompt, decoding
 from model import backbone, head
 
 # First key of the noise: training, eval and majority labels never share a stream.
 TRAIN_NOISE, EVAL_NOISE, LABEL_NOISE = 1, 2, 3
-GROW = 128  # columns by which the cache grows, so that short responses stay cheap
-SHRINK = 0.9  # rows are dropped when fewer than this share of them is alive
+SHRINK = 0.9  # ended rows leave when fewer than this share of the slots is alive
+PREFILL_TOKENS = 16_384  # prompt tokens, padded, of one prefill
+BLOCK = 128  # tokens of the vocabulary whose probabilities the sampler first sums up
 
 
 @dataclass
@@ -40,88 +40,6 @@ class Generation:
     length: torch.Tensor
     finished: torch.Tensor
     sampler_logp: torch.Tensor
-
-
-# ---------------------------------------------------------------------------- cache and attention
-
-
-class KVCache:
-    """Keys and values of n rows, [n, kv_heads, columns, head_dim] a layer.
-
-    Columns: the prompt, right-padded to the longest (P columns), then one column a decoding step,
-    the same for all rows, so that a step's write is a slice. A row's own positions stay contiguous
-    (prompt_len + j); only its columns have a gap, which the mask hides.
-    """
-
-    is_compileable = False  # transformers asks
-
-    def __init__(self) -> None:
-        self.keys: list[torch.Tensor] = []
-        self.values: list[torch.Tensor] = []
-        self.filled = 0  # columns in use before the current forward
-
-    def update(self, key, value, layer: int, *args, **kwargs):  # [n, H, t, D] each
-        """Called by every attention layer: store the new columns, return all columns so far."""
-        if layer == len(self.keys):  # prefill
-            self.keys.append(key)
-            self.values.append(value)
-            return key, value
-        end = self.filled + key.shape[2]
-        self.keys[layer][:, :, self.filled : end] = key
-        self.values[layer][:, :, self.filled : end] = value
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
-
-    def get_seq_length(self, layer: int = 0) -> int:
-        return self.filled
-
-    def select(self, rows: torch.Tensor | None, columns: int) -> None:
-        """Keep (or repeat) these rows, None for all, and make room for so many columns."""
-        for store in (self.keys, self.values):
-            for i, old in enumerate(store):
-                n = old.shape[0] if rows is None else len(rows)
-                new = old.new_empty(n, old.shape[1], columns, old.shape[3])
-                part = old[:, :, : self.filled]
-                new[:, :, : self.filled] = part if rows is None else part[rows]
-                store[i] = new
-
-    @property
-    def columns(self) -> int:
-        return self.keys[0].shape[2]
-
-
-def _attention(module, query, key, value, mask, scaling=None, **kwargs):
-    """Attention of one new token a row: [n, heads, 1, D] over [n, kv_heads, S, D].
-
-    With grouped-query attention, the query heads that share a key head are viewed as query rows, so
-    keys and values need no repeating. Longer queries (prefill) go to transformers' own function.
-    """
-    if query.shape[2] > 1:
-        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
-    n, heads, _, D = query.shape
-    query = query.reshape(n, key.shape[1], heads // key.shape[1], D)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    return out.reshape(n, 1, heads, D), None
-
-
-AttentionInterface.register("nanorlvr_decode", _attention)
-
-
-@contextmanager
-def _decoding(model: nn.Module) -> Iterator[None]:
-    """Our attention function, no gradients, and no gradient checkpointing (it drops the cache)."""
-    config = model.config
-    before = config._attn_implementation
-    layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
-    config._attn_implementation = "nanorlvr_decode"
-    for layer in layers:
-        layer.gradient_checkpointing = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        config._attn_implementation = before
-        for layer in layers:
-            layer.gradient_checkpointing = True
 
 
 # --------------------------------------------------------------------------------------- sampling
@@ -150,11 +68,43 @@ def sample(
     (0 = off) are for eval and sample; the log-probability stays the unfiltered one.
     """
     z = logits.float()
+    if temperature not in (0, 1):
+        z = z / temperature
+    n, V = z.shape
+    size = BLOCK if V > 8 * BLOCK else V
+    blocks = -(-V // size)
+    # p = exp(z - max), not normalised, in whole blocks: what is over in the last one stays 0.
+    p = z.new_zeros(n, blocks * size) if V % size else torch.empty_like(z)
+    top, likeliest = z.max(-1, keepdim=True)  # [n, 1]
+    torch.sub(z, top, out=p[:, :V]).exp_()
+    mass = p.view(n, blocks, size).sum(-1).double()  # [n, blocks]
+    total = mass.sum(-1)  # [n]
     if temperature == 0:
-        token = z.argmax(-1)
-        return token, z.log_softmax(-1).gather(-1, token[:, None])[:, 0]
-    logp = (z / temperature if temperature != 1.0 else z).log_softmax(-1)  # [n, V]
-    p = logp.exp()
+        return likeliest[:, 0], -total.log().float()
+    if 0 < top_k < V or top_p < 1.0:
+        p = _likeliest(p, top_p, top_k)
+        mass = p.view(n, blocks, size).sum(-1).double()
+    # Invert in two steps, which block and which token in it: a cumulative sum of the vocabulary in
+    # fp64 costs as much as a model's forward, and fp32 would lose the tail. right=True finds the
+    # first whose cumulative mass exceeds u, never one of probability 0.
+    u = uniform[:, None]  # [n, 1]
+    block, inside = None, p
+    if blocks > 1:
+        cdf = mass.cumsum(-1)
+        u = u * cdf[:, -1:]
+        block = torch.searchsorted(cdf, u, right=True).clamp_max(blocks - 1)  # [n, 1]
+        mass = mass.gather(1, block)
+        u = ((u - cdf.gather(1, block) + mass) / mass).clamp(0, 1 - 2**-53)  # where in the block
+        inside = p.view(n, blocks, size)[torch.arange(n, device=p.device), block[:, 0]]
+    inside = inside.cumsum(-1, dtype=torch.float64)  # [n, size]
+    token = torch.searchsorted(inside, u * inside[:, -1:], right=True).clamp_max(size - 1)  # [n, 1]
+    if block is not None:
+        token = (token + block * size).clamp_max(V - 1)
+    return token[:, 0], ((z.gather(1, token) - top)[:, 0].double() - total.log()).float()
+
+
+def _likeliest(p: torch.Tensor, top_p: float, top_k: int) -> torch.Tensor:
+    """p [n, V], not normalised, with 0 for all but the likeliest tokens."""
     if 0 < top_k < p.shape[-1]:
         p = p.masked_fill(p < p.topk(top_k).values[:, -1:], 0.0)
     if top_p < 1.0:
@@ -162,11 +112,7 @@ def sample(
         before = ordered.cumsum(-1) - ordered  # mass of the likelier tokens
         ordered = ordered.masked_fill(before >= top_p * ordered.sum(-1, keepdim=True), 0.0)
         p = torch.zeros_like(p).scatter(-1, order, ordered)
-    cdf = p.cumsum(-1, dtype=torch.float64)  # fp32 would lose the tail of a large vocabulary
-    # right=True: the first token whose cumulative mass exceeds u, never one of probability 0.
-    token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
-    token = token.clamp_max(p.shape[-1] - 1)
-    return token, logp.gather(-1, token[:, None])[:, 0]
+    return p
 
 
 # --------------------------------------------------------------------------------------- decoding
@@ -192,6 +138,28 @@ class Progress:
         self.bar.close()
 
 
+@torch.no_grad()
+def prefill(model: nn.Module, prompts: list[list[int]]) -> list[Prompt]:
+    """Read prompts (token ids), right-padded: a causal model never looks right, so no mask."""
+    device = next(model.parameters()).device
+    found = []
+    size = max(1, PREFILL_TOKENS // max(map(len, prompts), default=1))
+    for chunk in (prompts[i : i + size] for i in range(0, len(prompts), size)):
+        lens = torch.tensor([len(p) for p in chunk], device=device)
+        P = int(lens.max())
+        padded = torch.tensor([p + [0] * (P - len(p)) for p in chunk], device=device)  # [u, P]
+        cache = PrefillCache()
+        hidden = backbone(model)(padded, past_key_values=cache, use_cache=True).last_hidden_state
+        last = hidden[torch.arange(len(chunk), device=device), lens - 1]  # [u, H]
+        for i, (prompt, logits) in enumerate(zip(chunk, head(model)(last), strict=True)):
+            keys, values = (
+                [layer[i, :, : len(prompt)] for layer in layers]
+                for layers in (cache.keys, cache.values)
+            )
+            found.append(Prompt(keys, values, logits))
+    return found
+
+
 def generate(
     model: nn.Module,
     prompts: list[list[int]],
@@ -205,40 +173,121 @@ def generate(
     max_rows: int = 256,
     progress: Callable[[int, int], None] | None = None,
     first_prompt: int = 0,
+    budgets: Sequence[int] | None = None,
 ) -> Generation:
     """Sample group_size responses to each prompt; row i answers prompt i // group_size.
 
-    A response ends with the first token of end_ids (kept) or after max_new_tokens. At most max_rows
-    rows are decoded at a time, which bounds the cache. noise, a row's prompt number and its sample
-    number fix its randomness; prompts are numbered from first_prompt, so that a long list may be
-    sampled piece by piece. progress is called with the numbers of new tokens and of rows that have
-    just ended (see Progress).
+    A response ends with the first token of end_ids (kept) or after max_new_tokens, or its own of
+    budgets, [B] of at most max_new_tokens (for timing, say). At most max_rows rows are decoded at a
+    time, which bounds the cache; those that wait move in as others end. noise, a row's prompt
+    number and its sample number fix its randomness; prompts are numbered from first_prompt, so that
+    a long list may be sampled piece by piece. progress is called with the numbers of new tokens and
+    of rows that have just ended (see Progress).
     """
     B = len(prompts) * group_size
-    prompt_len = torch.tensor([len(p) for p in prompts]).repeat_interleave(group_size)
-    response = torch.zeros(B, max_new_tokens, dtype=torch.int64)
-    logp = torch.zeros(B, max_new_tokens)
-    length = torch.zeros(B, dtype=torch.int64)
-    finished = torch.zeros(B, dtype=torch.bool)
+    keys = [(first_prompt + i // group_size, i % group_size) for i in range(B)]
+    uniform = torch.from_numpy(np.stack([uniforms(noise, *key, max_new_tokens) for key in keys]))
+    budget = torch.tensor([max_new_tokens] * B if budgets is None else list(budgets))
+    lens = torch.tensor([len(p) for p in prompts]).repeat_interleave(group_size)
     settings = (temperature, top_p, top_k)
-    with _decoding(model):
-        for start in range(0, B, max_rows):
-            rows = range(start, min(start + max_rows, B))
-            keys = [(r // group_size, r % group_size) for r in rows]
-            rng_keys = [(first_prompt + p, s) for p, s in keys]
-            noise_rows = np.stack([uniforms(noise, *key, max_new_tokens) for key in rng_keys])
-            wave = _wave(model, prompts, keys, noise_rows, end_ids, settings, progress)
-            part = slice(rows.start, rows.stop)
-            response[part], logp[part], length[part], finished[part] = wave
+    with decoding(model):
+        rows = _Rows(uniform, budget, lens, end_ids, next(model.parameters()).device)
+        _decode_all(model, prompts, group_size, min(B, max_rows), rows, settings, progress)
+    length, finished = rows.length.cpu(), rows.finished.cpu()
+    response, logp = rows.response.cpu(), rows.logp.cpu()
 
     R = int(length.max())
-    tokens = torch.zeros(B, int((prompt_len + length).max()), dtype=torch.int64)
+    tokens = torch.zeros(B, int((lens + length).max()), dtype=torch.int64)
     for i in range(B):
-        p, n = int(prompt_len[i]), int(length[i])
+        p, n = int(lens[i]), int(length[i])
         tokens[i, :p] = torch.tensor(prompts[i // group_size])
         tokens[i, p : p + n] = response[i, :n]
-    logp[torch.arange(max_new_tokens) >= length[:, None]] = 0.0
-    return Generation(tokens, prompt_len, length, finished, logp[:, :R].contiguous())
+    logp = logp[:, :R].masked_fill(torch.arange(R) >= length[:, None], 0.0)
+    return Generation(tokens, lens, length, finished, logp)
+
+
+class _Rows:
+    """What is known of each of B rows, and what comes of them; a step writes n of them at once."""
+
+    def __init__(self, uniform, budget, lens, end_ids, device):
+        B, max_new = uniform.shape
+        self.uniform, self.budget, self.lens = (x.to(device) for x in (uniform, budget, lens))
+        self.ends = torch.tensor(end_ids, device=device)
+        # One more column, to which rows write that have ended but still stand in a slot.
+        self.response = torch.zeros(B, max_new + 1, dtype=torch.int64, device=device)
+        self.logp = torch.zeros(B, max_new + 1, device=device)
+        self.length = torch.zeros(B, dtype=torch.int64, device=device)
+        self.finished = torch.zeros(B, dtype=torch.bool, device=device)
+
+    def step(self, row, logits, settings):  # row [n], logits [n, V]
+        """Sample a token for each of these rows: tokens [n] and which rows are over, bool [n]."""
+        spare = self.uniform.shape[1]
+        j = self.length[row]  # [n] response position
+        over = self.finished[row] | (j >= self.budget[row])
+        token, logp = sample(logits, self.uniform[row, j.clamp_max(spare - 1)], *settings)
+        column = torch.where(over, spare, j)
+        self.response[row, column], self.logp[row, column] = token, logp
+        self.length[row] = j + ~over
+        self.finished[row] |= ~over & torch.isin(token, self.ends)
+        return token, self.finished[row] | (self.length[row] >= self.budget[row])
+
+
+def _decode_all(model, prompts, group_size, slots, rows, settings, progress):
+    """Decode all rows through so many slots: a row moves in, is decoded, and makes room."""
+    B, device = len(rows.length), rows.length.device
+    decoder, output = backbone(model), head(model)
+    # Looking whether rows have ended waits for the GPU, so it is done every few tokens there.
+    every = 1 if device.type == "cpu" else 8
+    ready: dict[int, Prompt] = {}  # prompts that rows still need
+    cache, logits = None, None
+    row = torch.zeros(slots, dtype=torch.int64, device=device)  # which row stands in a slot
+    free, arrived, counted, ticks = list(range(slots)), 0, (0, 0), 0
+    while True:
+        if free and arrived < B:  # waiting rows move in
+            new = list(range(arrived, min(arrived + len(free), B)))
+            taken, arrived, free = free[: len(new)], arrived + len(new), free[len(new) :]
+            needed = sorted({r // group_size for r in new} - ready.keys())
+            ready |= zip(needed, prefill(model, [prompts[p] for p in needed]), strict=True)
+            if cache is None:
+                cache = KVCache(slots, max(map(len, prompts)), rows.uniform.shape[1], ready[0])
+                logits = ready[0].logits.new_zeros(slots, len(ready[0].logits))
+            for p in dict.fromkeys(r // group_size for r in new):
+                group = [slot for slot, r in zip(taken, new, strict=True) if r // group_size == p]
+                cache.place(group, ready[p])
+                logits[group] = ready[p].logits
+                if (p + 1) * group_size <= arrived:
+                    del ready[p]
+            row[taken] = torch.tensor(new, device=device)
+
+        token, over = rows.step(row, logits, settings)
+        ticks += 1
+        if ticks % every == 0:
+            ended = over.tolist()
+            alive = [slot for slot, one in enumerate(ended) if not one]
+            if progress:
+                now = (int(rows.length.sum()), arrived - len(alive))
+                progress(now[0] - counted[0], now[1] - counted[1])
+                counted = now
+            if not alive and arrived == B:
+                return
+            if len(alive) < SHRINK * len(ended):
+                free = [slot for slot, one in enumerate(ended) if one]
+                cache.release(free)
+                if not alive:
+                    continue
+                if arrived == B:
+                    cache.keep(alive)
+                    row, token, free = row[alive], token[alive], []
+        cache.make_room()
+        hidden = decoder(
+            token[:, None],
+            attention_mask=cache.step_mask(),
+            position_ids=(rows.lens + rows.length - 1)[row, None],
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state  # [n, 1, H]
+        cache.column += 1
+        logits = output(hidden[:, 0])  # [n, V]
 
 
 def decode(
@@ -250,74 +299,3 @@ def decode(
     """Response texts of tokens [B, T], without special tokens."""
     rows = zip(tokens.tolist(), prompt_len.tolist(), length.tolist(), strict=True)
     return tokenizer.batch_decode([row[p : p + n] for row, p, n in rows], skip_special_tokens=True)
-
-
-def _wave(model, prompts, keys, noise, end_ids, settings, progress):
-    """Decode rows that fit at once: keys [(prompt, sample)] n, noise float64 [n, max_new]."""
-    device = next(model.parameters()).device
-    decoder, output = backbone(model), head(model)
-    n, max_new = noise.shape
-    noise = torch.from_numpy(noise).to(device)
-    ends = torch.tensor(end_ids, device=device)
-
-    # Prefill each prompt once, right-padded: a causal model never looks right, so no mask.
-    first = keys[0][0]
-    unique = prompts[first : keys[-1][0] + 1]
-    lens = torch.tensor([len(p) for p in unique], device=device)
-    P = int(lens.max())
-    padded = torch.tensor([p + [0] * (P - len(p)) for p in unique], device=device)  # [u, P]
-    cache = KVCache()
-    hidden = decoder(padded, past_key_values=cache, use_cache=True).last_hidden_state  # [u, P, H]
-    logits = output(hidden[torch.arange(len(unique), device=device), lens - 1])  # [u, V]
-    cache.filled = P
-
-    group = torch.tensor([p - first for p, _ in keys], device=device)  # [n] prompt of each row
-    logits = logits[group]
-    cache.select(group, min(P + GROW, P + max_new))
-    row = torch.arange(n, device=device)  # where the rows still decoded stand in the results
-    lens = lens[group]
-    # Columns a row may see: its prompt, then every decoded column. None where there is no padding.
-    visible = torch.arange(P + max_new, device=device)
-    visible = (visible < lens[:, None]) | (visible >= P)  # [n, P + max_new]
-    padding = not bool(visible.all())
-
-    tokens = torch.zeros(n, max_new, dtype=torch.int64, device=device)
-    logp = torch.zeros(n, max_new, device=device)
-    length = torch.zeros(n, dtype=torch.int64, device=device)
-    finished = torch.zeros(n, dtype=torch.bool, device=device)
-    # Looking whether rows have ended waits for the GPU, so it is done every few tokens there.
-    every = 1 if device.type == "cpu" else 8
-
-    counted, open_rows = 0, n
-    for j in range(max_new):
-        token, token_logp = sample(logits, noise[row, j], *settings)
-        alive = ~finished[row]
-        tokens[row, j], logp[row, j] = token, token_logp
-        length[row] += alive
-        finished[row] |= torch.isin(token, ends)
-        last = j + 1 == max_new
-        if j % every == 0 or last:
-            keep = (~finished[row]).nonzero()[:, 0]
-            left = 0 if last else len(keep)
-            if progress:
-                total = int(length.sum())
-                progress(total - counted, open_rows - left)
-                counted, open_rows = total, left
-            if left == 0:
-                break
-            if len(keep) < SHRINK * len(row):
-                row, token, lens, visible = row[keep], token[keep], lens[keep], visible[keep]
-                cache.select(keep, cache.columns)
-        if cache.filled == cache.columns:
-            cache.select(None, min(cache.columns + GROW, P + max_new))
-        mask = visible[:, None, None, : cache.filled + 1] if padding else None
-        hidden = decoder(
-            token[:, None],
-            attention_mask=mask,
-            position_ids=(lens + j)[:, None],
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state  # [n, 1, H]
-        cache.filled += 1
-        logits = output(hidden[:, 0])  # [n, V]
-    return tokens.cpu(), logp.cpu(), length.cpu(), finished.cpu()

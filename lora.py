@@ -1,4 +1,4 @@
-"""LoRA: the adapter layer, the base model under it, and PEFT's format on disk."""
+"""LoRA: the adapter layer, the base model under it, merged weights, and PEFT's format on disk."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ from torch import nn
 from configurator import UserError
 from model import backbone
 
+# What decoding multiplies by: auto takes merged where memory has room for it.
+RolloutWeights = Literal["auto", "merged", "adapter"]
+
 
 class LoRALinear(nn.Module):
     """y = W x + (alpha / r) B A x, W frozen (Hu et al., arXiv 2106.09685).
@@ -23,6 +27,9 @@ class LoRALinear(nn.Module):
     A [r, in] starts kaiming-uniform, B [out, r] zero, so that the adapter is the identity at first.
     Both are kept in fp32 and cast to the activations' type where they are used: an Adam step at
     usual learning rates is smaller than half a bf16 step.
+
+    enabled is False inside adapter_off, use_merged True inside `merged`. merged_weight [out, in] is
+    its copy of W + (alpha / r) B A in the computation's type, None where there is none.
     """
 
     def __init__(self, base: nn.Linear, r: int, alpha: float, generator: torch.Generator):
@@ -30,7 +37,8 @@ class LoRALinear(nn.Module):
         self.base = base
         self.r, self.alpha = r, alpha
         self.scale = alpha / r
-        self.enabled = True
+        self.enabled, self.use_merged = True, False
+        self.merged_weight: torch.Tensor | None = None
         device = base.weight.device
         a = torch.empty(r, base.in_features)
         bound = 1 / math.sqrt(base.in_features)  # kaiming_uniform_ with a = sqrt(5), as PEFT does
@@ -39,11 +47,36 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., in] -> [..., out]
+        if self.enabled and self.use_merged:
+            return F.linear(x, self.merged_weight, self.base.bias)
         y = self.base(x)
         if not self.enabled:
             return y
-        low = F.linear(x, self.lora_A.to(x.dtype))  # [..., r]
-        return y + F.linear(low, self.lora_B.to(x.dtype)) * self.scale
+        low = F.linear(x, self.lora_A.to(x.dtype)) * self.scale  # [..., r], the small one to scale
+        B = self.lora_B.to(x.dtype)
+        # one pass over the large y, where a product and a sum would take two, and two backward
+        return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), B.t()).view(y.shape)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Write W + (alpha / r) B A, summed in fp32, to merged_weight, in place if there is one."""
+        weight, dtype = self.base.weight, computation_dtype(self.base)
+        if hasattr(weight, "quant_state"):
+            from bitsandbytes.functional import dequantize_4bit  # imported only for 4-bit layers
+
+            weight = dequantize_4bit(weight.data, weight.quant_state)
+        total = torch.addmm(weight.float(), self.lora_B, self.lora_A, alpha=self.scale)
+        if self.merged_weight is None:
+            self.merged_weight = torch.empty_like(total, dtype=dtype)
+        self.merged_weight.copy_(total)
+
+
+def computation_dtype(linear: nn.Linear) -> torch.dtype:
+    """The type in which a layer multiplies: a 4-bit one says so apart from its storage."""
+    weight = linear.weight
+    if hasattr(weight, "quant_state"):
+        return linear.compute_dtype or weight.quant_state.dtype
+    return weight.dtype
 
 
 def add_lora(model: nn.Module, r: int, alpha: float, seed: int = 0) -> None:
@@ -89,6 +122,38 @@ def reference(model: nn.Module, frozen: nn.Module | None = None) -> Iterator[nn.
     else:
         with adapter_off(model):
             yield model
+
+
+# --------------------------------------------------------------------------------- merged weights
+
+
+@contextmanager
+def merged(model: nn.Module, free: bool = False) -> Iterator[None]:
+    """For decoding: inside, an adapter layer multiplies once, by a copy of W + (alpha / r) B A.
+
+    The copies are written anew on entering, from the weights as they stand, in place: their
+    addresses stay, so a CUDA graph captured over them stays valid as the weights change. free=True
+    drops them on leaving (and with them such a graph). They are never re-quantised and never reach
+    the stored base: outside, and inside adapter_off, everything is as it would be without them.
+
+    A and B get no gradients inside. Without adapters, or with them off, it does nothing. In bf16
+    merging moves the sampler a little off the scored policy: the mean and the largest |sampler logp
+    - old_logp| are logged every step (sampler_gap, sampler_gap_max).
+    """
+    layers = lora_layers(model).values()
+    try:
+        for layer in layers:
+            layer.refresh()
+            layer.use_merged = True
+        yield
+    except torch.OutOfMemoryError:
+        free = True  # what follows may need the room
+        raise
+    finally:
+        for layer in layers:
+            layer.use_merged = False
+            if free:
+                layer.merged_weight = None
 
 
 # ---------------------------------------------------------------------------------------- on disk

@@ -1,47 +1,376 @@
-"""Memory: the worst case tried before anything is spent, and the peak so far."""
+"""Memory: planned in GB before training, tried at its worst, and what happens where it runs out."""
 
+import math
+import os
 import resource
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 
 from configurator import UserError
-from lora import trainable
-from model import token_stats
+from lora import computation_dtype, lora_layers, merged, trainable
+from model import LOGITS_CHUNK, head, token_stats
+
+# What decoding multiplies by: a merged copy that stays, one that is dropped after each use, or the
+# base and its adapter as they are.
+Rollout = Literal["kept", "freed", "adapter"]
+# Share of the device that may be planned for: the CUDA context, the libraries' workspaces and what
+# the allocator cannot use for want of a hole large enough take the rest.
+USABLE = 0.9
+
+
+def rollout_weights(model: nn.Module, how: Rollout) -> AbstractContextManager[None]:
+    """Inside, decoding goes by these weights (lora.merged)."""
+    return nullcontext() if how == "adapter" else merged(model, free=how == "freed")
+
+
+# ---------------------------------------------------------------------------------------- the plan
+
+
+@dataclass
+class Plan:
+    """Bytes by part, and what the device has."""
+
+    weights: int  # of every model, as stored
+    trained: int  # adapter or all weights, gradients and AdamW's two moments: 4 x 4 bytes each
+    merged: int  # copy of the adapted layers in the computation's type
+    cache: int  # keys and values of rollout_rows rows filled to the end
+    activations: int  # of the largest micro-batch, as the run has them
+    activations_else: int  # with gradient checkpointing on instead of off, or off instead of on
+    logits: int  # one chunk of the head, forward and backward
+    sampled: int  # logits and distributions of rollout_rows rows, one decoding step
+    device: int
+    tokens: int  # of the largest micro-batch
+    rows: int  # rollout_rows
+    checkpointing: bool
+
+    def need(self, how: Rollout) -> int:
+        """Bytes in use at once. The cache may stay through the update (a graph captured over it),
+        unless the copy is freed, which ends whatever was captured over both."""
+        resident = self.weights + self.trained
+        update = self.activations + self.logits
+        rollout = self.cache + (0 if how == "adapter" else self.merged)
+        if how == "freed":
+            return resident + max(rollout + self.sampled, update)
+        return resident + rollout + max(self.sampled, update)
+
+    def choose(self, wanted: str) -> tuple[Rollout, str]:
+        """How decoding holds its weights, and why. wanted: auto, merged, adapter."""
+        limit = USABLE * self.device
+        if self.merged == 0:
+            return "adapter", "the weights themselves: lora_r=0 leaves nothing to merge"
+        if wanted == "adapter":
+            return "adapter", "base and adapter, as asked"
+        if self.need("kept") <= limit:
+            return "kept", "a merged copy, which fits beside everything else"
+        if self.need("freed") <= limit or wanted == "merged":
+            return "freed", "a merged copy, freed after use: no room for it beside the update"
+        return "adapter", (
+            f"base and adapter: a merged copy wants {_gb(self.need('freed'))} GB "
+            f"of {_gb(limit)} while sampling (--rollout_rows)"
+        )
+
+    def table(self, how: Rollout) -> str:
+        """One line a part, in GB."""
+        state = ("without", "with") if self.checkpointing else ("with", "without")
+        gone = {"kept": "", "freed": ", freed before the update", "adapter": " (not used)"}
+        parts = [
+            (self.weights, "weights as stored"),
+            (
+                self.trained,
+                f"{self.trained // 16:,} trained weights, gradients, AdamW's moments",
+            ),
+            (self.merged, f"merged rollout copy{gone[how]}"),
+            (self.cache, f"KV cache of {self.rows} rows"),
+            (self.sampled, "logits of a decoding step"),
+            (
+                self.activations,
+                f"activations of {self.tokens} tokens, about ({state[0]} gradient checkpointing: "
+                f"{_gb(self.activations_else)})",
+            ),
+            (self.logits, "chunk of logits, forward and backward"),
+            (self.need(how), f"at once, of {_gb(self.device)} there"),
+        ]
+        return "\n".join(["memory planned, GB:", *(f"{_gb(n):>9}  {text}" for n, text in parts)])
+
+
+def _gb(n: float) -> str:
+    return f"{n / 1e9:.3g}"
+
+
+def plan(
+    models: list[nn.Module],
+    tokens: int,
+    total_tokens: int,
+    rollout_rows: int,
+    checkpointing: bool,
+) -> Plan:
+    """Plan from the models themselves, the trained one first.
+
+    tokens: padded tokens of the largest micro-batch; total_tokens: of a row, prompt and response;
+    checkpointing: whether activations are recomputed in backward.
+    """
+    model = models[0]
+    c, layers = model.config, lora_layers(model).values()
+    weights = {id(p): stored_bytes(p) for m in models for p in m.parameters()}
+    numel = sum(p.numel() for p in trainable(model).values())
+    weights_bytes = sum(weights.values()) - 4 * numel  # counted among the trained
+    s = model.dtype.itemsize
+    # Kept for backward, by token and layer, in elements of s bytes: the two normed inputs 2 H, the
+    # query, the attention's output and its copy 3 Q, key and value 2 K, the gate, its SiLU, the up
+    # projection and their product 4 I, the adapter's low products 7 r; and in fp32 the inputs of
+    # the two norms. Beside them, while one layer's backward runs, gradients of 2 I. With
+    # checkpointing only each layer's input H is kept, and the rest of one layer at a time.
+    H, n_layers = c.hidden_size, c.num_hidden_layers
+    inner = getattr(c, "intermediate_size", None) or 4 * H
+    Q, K = c.num_attention_heads * _head_dim(c), _kv_heads(c) * _head_dim(c)
+    r = next((layer.r for layer in layers), 0)
+    layer_bytes = s * (2 * H + 3 * Q + 2 * K + 4 * inner + 7 * r) + 4 * 2 * H
+    gradients = s * 2 * inner
+    kept = tokens * (n_layers * layer_bytes + gradients)
+    recomputed = tokens * (n_layers * s * H + layer_bytes + gradients)
+    # Logits of a chunk: once as the head gives them, and five times in fp32: themselves, and in
+    # backward the shares of logsumexp and of the gathered token. Of a decoding step likewise:
+    # themselves, their logarithms, the probabilities, and these summed up in float64.
+    V = head(model).weight.shape[0]
+    per_logit = s + 5 * 4
+    chunk = min(max(1, LOGITS_CHUNK // V), tokens)
+    return Plan(
+        weights=weights_bytes,
+        trained=4 * 4 * numel,
+        merged=sum(
+            x.base.in_features * x.base.out_features * computation_dtype(x.base).itemsize
+            for x in layers
+        ),
+        cache=rollout_rows * total_tokens * _cache_elements(c) * s,
+        activations=recomputed if checkpointing else kept,
+        activations_else=kept if checkpointing else recomputed,
+        logits=chunk * V * per_logit,
+        sampled=rollout_rows * V * per_logit,
+        device=device_memory(next(model.parameters()).device),
+        tokens=tokens,
+        rows=rollout_rows,
+        checkpointing=checkpointing,
+    )
+
+
+def stored_bytes(parameter: nn.Parameter) -> int:
+    """Bytes of a parameter: a 4-bit one as packed, with the scales of its blocks."""
+    total = parameter.numel() * parameter.element_size()
+    state = getattr(parameter, "quant_state", None)
+    while state is not None:  # double quantisation: the scales have a state of their own
+        tensors = (state.absmax, state.code, state.offset)
+        total += sum(t.numel() * t.element_size() for t in tensors if torch.is_tensor(t))
+        state = state.state2
+    return total
+
+
+def _head_dim(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _kv_heads(config) -> int:
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def _cache_elements(config) -> int:
+    """Elements of the KV cache a token."""
+    return 2 * config.num_hidden_layers * _kv_heads(config) * _head_dim(config)
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes there: the GPU's, else the machine's or what this process is allowed of it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    soft = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if soft != resource.RLIM_INFINITY:
+        limits.append(soft)
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of the container, v2 and v1
+        file = Path("/sys/fs/cgroup") / name
+        text = file.read_text().strip() if file.is_file() else "max"
+        limits.extend([int(text)] if text.isdigit() else [])
+    return min(limits)
+
+
+def settle(
+    models: list[nn.Module],
+    wanted: str,
+    micro_batch_tokens: int,
+    rows_in_update: int,
+    max_prompt_tokens: int,
+    max_new_tokens: int,
+    rollout_rows: int,
+    checkpointing: bool,
+) -> tuple[Rollout, int]:
+    """Print the plan, choose the rollout weights, try the worst case.
+
+    models: all that are loaded, the trained one first; wanted: auto, merged or adapter;
+    rows_in_update: responses of a mini-batch. Returns the rollout weights and micro_batch_tokens
+    that the run is to use. UserError where it cannot fit.
+    """
+    lengths = (max_prompt_tokens, max_new_tokens)
+    rows, T = largest_micro_batch(micro_batch_tokens, rows_in_update, *lengths)
+    planned = plan(models, rows * T, sum(lengths), rollout_rows, checkpointing)
+    how, reason = planned.choose(wanted)
+    print(planned.table(how))
+    print(f"rollout weights: {reason}")
+    tried = (micro_batch_tokens, rows_in_update, *lengths, rollout_rows, how)
+    return how, worst_case(models[0], *tried)
+
+
+# ---------------------------------------------------------------------------------- the worst case
+
+
+def largest_micro_batch(
+    micro_batch_tokens: int, rows_in_update: int, max_prompt_tokens: int, max_new_tokens: int
+) -> tuple[int, int]:
+    """(rows, tokens a row) of the most padded tokens that data.partition can put together.
+
+    Longest rows seldom fill micro_batch_tokens exactly; one more row, all a little shorter, does.
+    """
+    longest = max_prompt_tokens + max_new_tokens
+    rows = max(1, min(math.ceil(micro_batch_tokens / longest), rows_in_update))
+    return rows, longest if rows == 1 else min(longest, micro_batch_tokens // rows)
 
 
 def worst_case(
-    model: nn.Module, rows: int, max_prompt_tokens: int, max_new_tokens: int, rollout_rows: int
-) -> str:
-    """Try the largest micro-batch, `rows` of the longest prompt and response, forward and backward
-    beside AdamW's moments, and on CUDA a KV cache of rollout_rows filled to the end.
+    model: nn.Module,
+    micro_batch_tokens: int,
+    rows_in_update: int,
+    max_prompt_tokens: int,
+    max_new_tokens: int,
+    rollout_rows: int,
+    how: Rollout = "adapter",
+) -> int:
+    """Settle micro_batch_tokens: try the largest micro-batch, forward and backward beside AdamW's
+    moments, and halve it until it fits; first, the rollout weights with a full KV cache.
 
-    Memory then fails here, or never. Returns a line with the peak; UserError where it fails.
+    Memory then fails here, or never. Says in a line what was settled and what the peak was;
+    UserError, which names the knobs, where rollouts or one row do not fit.
     """
-    T = max_prompt_tokens + max_new_tokens
-    weights = next(model.parameters())
-    tokens = torch.zeros(rows, T, dtype=torch.int64, device=weights.device)
-    prompt_len, length = (
-        torch.full((rows,), n, device=weights.device) for n in (max_prompt_tokens, max_new_tokens)
-    )
+    lengths = (max_prompt_tokens, max_new_tokens)
+    longest = sum(lengths)
+    moments = []
     try:
-        moments = [torch.empty_like(p) for p in trainable(model).values() for _ in range(2)]
-        token_stats(model, tokens, prompt_len, length, also=()).logp.sum().backward()
-        model.zero_grad()
-        if weights.device.type == "cuda":
-            c = model.config
-            head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-            per_token = 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim
-            torch.empty(rollout_rows, T, per_token, dtype=model.dtype, device=weights.device)
-        del moments
-    except torch.cuda.OutOfMemoryError as error:
+        with rollout_weights(model, how):
+            moments += [torch.empty_like(p) for p in trainable(model).values() for _ in range(2)]
+            if model.device.type == "cuda":
+                shape = (rollout_rows, longest, _cache_elements(model.config))
+                torch.empty(shape, dtype=model.dtype, device=model.device)
+    except torch.OutOfMemoryError as error:
         raise UserError(
-            f"out of GPU memory on the largest micro-batch ({rows} x {T} tokens) or the cache of "
-            f"{rollout_rows} rows: lower --micro_batch_tokens, --rollout_rows or "
-            "--max_new_tokens, or use --quant=nf4"
+            f"out of GPU memory on the cache of {rollout_rows} rows x {longest} tokens: lower "
+            "--rollout_rows or --max_new_tokens, or use --rollout_weights=adapter or --quant=nf4"
         ) from error
-    return f"largest micro-batch: {rows} x {T} tokens, peak memory {peak_memory():.2f} GB"
+    settled = micro_batch_tokens
+    while True:
+        rows, T = largest_micro_batch(settled, rows_in_update, *lengths)
+        if _fits(model, rows, T, max_new_tokens):
+            break
+        if rows == 1:
+            raise UserError(
+                f"out of GPU memory on a micro-batch of one row, {T} tokens: lower "
+                "--max_new_tokens or --max_prompt_tokens, or use --quant=nf4 and "
+                "--gradient_checkpointing=True"
+            )
+        settled = max(rows * T // 2, longest)
+    if settled != micro_batch_tokens:
+        print(f"micro_batch_tokens was {micro_batch_tokens}, now {settled}: the GPU holds no more")
+    print(f"largest micro-batch: {rows} x {T} tokens, peak memory {peak_memory():.2f} GB")
+    return settled
+
+
+def _fits(model: nn.Module, rows: int, T: int, max_new_tokens: int) -> bool:
+    """Whether a forward and backward of rows x T tokens, most of them responses, find memory."""
+    n = min(max_new_tokens, T - 1)
+    tokens = torch.zeros(rows, T, dtype=torch.int64, device=model.device)
+    prompt_len, length = (torch.full((rows,), x, device=model.device) for x in (T - n, n))
+    try:
+        token_stats(model, tokens, prompt_len, length, also=()).logp.sum().backward()
+        return True
+    except torch.OutOfMemoryError:  # unnamed: the error would hold the activations it failed on
+        return False
+    finally:
+        model.zero_grad()
+
+
+# -------------------------------------------------------------------------------- where it runs out
+
+KNOBS = {
+    "sample": "--rollout_rows or --max_new_tokens",
+    "score": "--micro_batch_tokens",
+    "reward": "--prompts_per_step",
+    "update": "--micro_batch_tokens",
+    "eval": "--rollout_rows",
+}
+
+
+class OutOfMemory(UserError):
+    """Memory ran out in a phase of a step; the message names the knob to turn."""
+
+
+@contextmanager
+def phase(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
+    """One of KNOBS: what it took goes to seconds[name]; OutOfMemory where memory runs out in it."""
+    start = time.perf_counter()
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(f"out of GPU memory in phase {name!r}: lower {KNOBS[name]}") from error
+    if seconds is not None:
+        seconds[name] = time.perf_counter() - start
+
+
+class LastStep:
+    """Saves a run as of its last complete step where memory runs out in a later one.
+
+    Memory may run out between two updates of a step, when the weights belong to no step at all. So
+    `done` copies an adapter and its moments to the machine's memory at every step's end (12 bytes a
+    weight; 0.4 GB for r=32 at 1.5B). In full training that would be the whole model three times:
+    there nothing is saved beyond the last checkpoint, and the message says so.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, save: Callable[[int], None]
+    ):
+        self.optimizer, self.save = optimizer, save
+        self.parameters = list(trainable(model).values()) if lora_layers(model) else []
+        self.step: int | None = None
+        self.copies: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
+
+    def done(self, step: int) -> None:
+        """The step is complete and logged; 0 before the first one."""
+        self.step = step
+        # clone: on the CPU the copy would otherwise be the tensor itself
+        self.copies = [
+            (p.detach().to("cpu", copy=True),
+             {k: v.to("cpu", copy=True) for k, v in self.optimizer.state[p].items()})
+            for p in self.parameters
+        ]  # fmt: skip
+
+    def __enter__(self) -> "LastStep":
+        return self
+
+    @torch.no_grad()
+    def __exit__(self, kind, error, traceback) -> None:
+        if not isinstance(error, OutOfMemory):
+            return
+        saved = "the run goes on from its last checkpoint, if it has one, by --resume=True"
+        if self.copies:
+            for parameter, (weight, moments) in zip(self.parameters, self.copies, strict=True):
+                parameter.copy_(weight)
+                self.optimizer.state[parameter] = moments
+            self.save(self.step)
+            saved = f"saved as of step {self.step}, --resume=True goes on from there"
+        raise UserError(f"{error}; {saved}") from error
 
 
 def peak_memory() -> float:

@@ -1,7 +1,7 @@
 """Every knob of a training run, which scale a machine gets, and settings that cannot work."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +12,7 @@ import tiny
 from checkpoint import read_config
 from configurator import UserError
 from grpo import AdvNorm, Clip, KLType, LossAgg
+from lora import RolloutWeights
 
 
 @dataclass
@@ -59,6 +60,7 @@ class Config:
     # Memory and machine
     micro_batch_tokens: int = 8192  # padded prompt + response tokens a forward and backward
     rollout_rows: int = 128  # rows decoded at once: bounds the KV cache
+    rollout_weights: RolloutWeights = "auto"  # merged: W + BA in a copy, faster; auto: if it fits
     device: str = "auto"  # auto = cuda where there is one, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = bfloat16 on cuda, else float32
     # Eval, logs, checkpoints
@@ -143,9 +145,25 @@ def check(cfg: Config) -> list[str]:
     if cfg.verifier != Config.verifier and "cross_model" not in reward.names:
         if not tiny.is_tiny(cfg.verifier):  # which the tiny scale files set
             warnings.append(f"verifier={cfg.verifier} cannot act: the reward has no cross_model")
+    if cfg.lora_r == 0 and cfg.rollout_weights != "auto":
+        warnings.append(
+            f"rollout_weights={cfg.rollout_weights} cannot act: lora_r=0 leaves nothing to merge"
+        )
     if cfg.lr == 0:
         warnings.append("lr=0: nothing is learned (a null test)")
     return warnings
+
+
+def keep_settled(cfg: Config) -> Config:
+    """A copy of cfg in which a resumed run keeps the rollout weights it once chose for auto.
+
+    They differ by rounding, so another choice (beside other work, say) would change the samples.
+    """
+    there = (Path(cfg.out_dir) / "config.json").is_file()  # else RunFolder says what is missing
+    if cfg.resume and there and cfg.rollout_weights == "auto" and cfg.lora_r:
+        saved = read_config(cfg.out_dir).get("rollout_weights", "adapter")  # all there once was
+        return replace(cfg, rollout_weights=saved)
+    return replace(cfg)
 
 
 def learning_rate(cfg: Config, update_index: int) -> float:

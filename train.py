@@ -22,7 +22,6 @@ What is random in a step is a function of (seed, step): a resumed run equals an 
 import copy
 import math
 import sys
-import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -52,7 +51,7 @@ from data import (
 from engine import TRAIN_NOISE, Progress, decode, generate
 from eval import check_positions, choose_device, evaluate
 from lora import add_lora, reference, trainable
-from memory import peak_memory, worst_case
+from memory import LastStep, peak_memory, phase, rollout_weights, settle
 from metrics import describe, sample_log, summary_table
 from model import (
     TokenStats,
@@ -63,7 +62,7 @@ from model import (
     token_stats,
 )
 from problems import training_problems
-from settings import Config, check, choose_scale, learning_rate
+from settings import Config, check, choose_scale, keep_settled, learning_rate
 from verifier import Verifier
 
 Tokenizer = PreTrainedTokenizerBase
@@ -247,7 +246,9 @@ def train(cfg: Config) -> list[dict]:
     print(f"train: {len(items)} problems (dropped: {dropped}, {too_long} too long)")
     print(f"eval: {len(eval_items)} problems ({eval_long} too long dropped)")
 
-    folder = RunFolder(Path(cfg.out_dir), asdict(cfg), cfg.resume)
+    cfg = keep_settled(cfg)
+    recorded = asdict(cfg)
+    folder = RunFolder(Path(cfg.out_dir), recorded, cfg.resume)
     model = load_model(name, cfg.quant, dtype, device)
     check_positions(model, cfg.max_prompt_tokens, cfg.max_new_tokens)
     frozen = None
@@ -274,25 +275,30 @@ def train(cfg: Config) -> list[dict]:
         trainable(model).values(), cfg.lr, cfg.adam_betas, weight_decay=cfg.weight_decay
     )
     per_update = math.ceil(cfg.prompts_per_step * cfg.group_size / cfg.updates_per_step)
-    longest = cfg.max_prompt_tokens + cfg.max_new_tokens
-    rows = max(1, min(cfg.micro_batch_tokens // longest, per_update))
-    lengths = (cfg.max_prompt_tokens, cfg.max_new_tokens)
-    n_trainable = sum(p.numel() for p in trainable(model).values())
-    print(f"{n_trainable:,} trainable parameters")
-    print(worst_case(model, rows, *lengths, cfg.rollout_rows))
+    models = [model, *([frozen] if frozen else []), *(v.model for v in verifiers.values())]
+    how, cfg.micro_batch_tokens = settle(
+        models, cfg.rollout_weights, cfg.micro_batch_tokens, per_update, cfg.max_prompt_tokens,
+        cfg.max_new_tokens, cfg.rollout_rows, cfg.gradient_checkpointing,
+    )  # fmt: skip
+    if cfg.lora_r:
+        cfg.rollout_weights = "adapter" if how == "adapter" else "merged"
+    recorded |= asdict(cfg)  # config.json gets what was settled, and a resumed run goes on with it
 
-    with folder, StopOnCtrlC() as stop:
+    save = partial(folder.save_state, model, tokenizer, optimizer)
+    with folder, StopOnCtrlC() as stop, LastStep(model, optimizer, save) as last_step:
         first, history = 1, []
         if cfg.resume:
             first = folder.load_state(model, optimizer) + 1
             history = folder.truncate_logs(first - 1)
             print(f"resumed after step {first - 1}")
+        last_step.done(first - 1)
 
         def run_eval(step: int) -> dict:
-            summary, graded = evaluate(
-                model, tokenizer, eval_items, cfg.eval_k, cfg.eval_temperature, cfg.max_new_tokens,
-                cfg.seed, cfg.rollout_rows, desc=f"eval at step {step}",
-            )  # fmt: skip
+            with phase("eval"), rollout_weights(model, how):
+                summary, graded = evaluate(
+                    model, tokenizer, eval_items, cfg.eval_k, cfg.eval_temperature,
+                    cfg.max_new_tokens, cfg.seed, cfg.rollout_rows, desc=f"eval at step {step}",
+                )  # fmt: skip
             save_rows(graded, folder.folder / "eval" / f"step_{step:05d}.jsonl")
             return {f"eval_{key}": value for key, value in summary.items()}
 
@@ -300,36 +306,31 @@ def train(cfg: Config) -> list[dict]:
             history.append(metrics)
             folder.log("metrics.jsonl", [metrics])
 
-        if first == 1 and cfg.eval_every:
+        if not history and cfg.eval_every:
             log({"step": 0, **run_eval(0)})
         bar = tqdm(range(first, cfg.steps + 1), desc=cfg.reward, initial=first - 1, total=cfg.steps)
         for step in bar:
-            t0 = time.perf_counter()
-            rollouts = sample_rollouts(model, tokenizer, items, cfg, step)
-            t1 = time.perf_counter()
-            total_len = (rollouts.prompt_len + rollouts.length).tolist()
-            parts = partition(
-                total_len, cfg.updates_per_step, cfg.micro_batch_tokens, cfg.seed, step
-            )
-            score(model, base, rollouts, parts, cfg, verifiers)
-            t2 = time.perf_counter()
-            reward = reward_fn(rollouts)  # [B]
-            if cfg.truncated == "zero":
-                reward = reward * rollouts.finished
-            advantage = grpo.advantages(reward, cfg.group_size, cfg.adv_norm)
-            metrics = {"step": step, **describe(rollouts, reward, watched)}
-            t3 = time.perf_counter()
+            seconds: dict[str, float] = {}
+            with phase("sample", seconds), rollout_weights(model, how):
+                rollouts = sample_rollouts(model, tokenizer, items, cfg, step)
+            total = (rollouts.prompt_len + rollouts.length).tolist()
+            parts = partition(total, cfg.updates_per_step, cfg.micro_batch_tokens, cfg.seed, step)
+            with phase("score", seconds):
+                score(model, base, rollouts, parts, cfg, verifiers)
+            with phase("reward", seconds):
+                reward = reward_fn(rollouts)  # [B]
+                if cfg.truncated == "zero":
+                    reward = reward * rollouts.finished
+                advantage = grpo.advantages(reward, cfg.group_size, cfg.adv_norm)
+                metrics = {"step": step, **describe(rollouts, reward, watched)}
             done = (step - 1) * cfg.updates_per_step
             lrs = [learning_rate(cfg, done + i) for i in range(cfg.updates_per_step)]
-            metrics |= update(model, optimizer, rollouts, advantage, parts, cfg, lrs)
-            t4 = time.perf_counter()
+            with phase("update", seconds):
+                metrics |= update(model, optimizer, rollouts, advantage, parts, cfg, lrs)
             metrics |= {
-                "tokens_per_s": rollouts.length.sum().item() / (t1 - t0),
-                "seconds": t4 - t0,
-                "seconds_sample": t1 - t0,
-                "seconds_score": t2 - t1,
-                "seconds_reward": t3 - t2,
-                "seconds_update": t4 - t3,
+                "tokens_per_s": rollouts.length.sum().item() / seconds["sample"],
+                "seconds": sum(seconds.values()),
+                **{f"seconds_{name}": value for name, value in seconds.items()},
                 "peak_memory_gb": peak_memory(),
             }
             last = step == cfg.steps or stop.asked
@@ -343,7 +344,8 @@ def train(cfg: Config) -> list[dict]:
                 )
             folder.log("samples.jsonl", sample_log(rollouts, reward, advantage, cfg.log_samples))
             if last or (cfg.save_every and step % cfg.save_every == 0):
-                folder.save_state(model, tokenizer, optimizer, step)
+                save(step)
+            last_step.done(step)
             clipped = metrics["clip_frac_low"] + metrics["clip_frac_high"]
             bar.set_postfix_str(
                 f"reward {metrics['reward']:.3f} acc {metrics['accuracy']:.3f} clip {clipped:.1e} "
@@ -367,10 +369,7 @@ def main(argv: list[str]) -> None:
     try:
         train(cfg)
     except torch.cuda.OutOfMemoryError as error:
-        raise UserError(
-            "out of GPU memory: lower --rollout_rows (decoding) or --micro_batch_tokens (update); "
-            "--resume=True goes on from the last checkpoint"
-        ) from error
+        raise UserError("out of GPU memory: use --quant=nf4 or a smaller --model") from error
 
 
 if __name__ == "__main__":

@@ -38,6 +38,22 @@ def test_greedy_equals_generate(model_folders, family):
     assert g.finished.tolist() == [e[-1] in end for e in expected]
 
 
+@pytest.mark.parametrize("slots", [1, 3, 4])
+def test_greedy_equals_generate_through_few_slots(model_folders, slots):
+    """Rows move in as others end, the longest prompt among the last; the cache drops old columns
+    and grows on the way."""
+    prompts = [*PROMPTS[1:], [40, 41], PROMPTS[0], [50] * 30, [60, 61, 62]]
+    model = load_model(model_folders["llama"])
+    plain = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
+    budgets = [150, 3, 40, 90, 1, 150, 20]
+    expected = [reference_greedy(plain, p, n, None) for p, n in zip(prompts, budgets, strict=True)]
+    g = generate(
+        model, prompts, 1, 150, [-1], NOISE, temperature=0, max_rows=slots, budgets=budgets
+    )
+    assert responses(g) == expected and g.length.tolist() == budgets
+    assert not g.finished.any()
+
+
 def test_greedy_equals_generate_on_a_real_model(shared):
     folder = str(shared / "models" / "stories260K")
     tokenizer = load_tokenizer(folder)
@@ -68,11 +84,36 @@ def test_ended_rows_cost_nothing(model_folders):
     assert kept < 0.6 * box and decoded < 1.15 * kept
 
 
-def test_samples_do_not_depend_on_batch_group_or_budget(model_folders):
+def test_waiting_rows_take_the_slots_of_ended_ones(model_folders):
+    """Ragged lengths cost little: a wave of its own for every 32 rows would decode many more."""
+    model = load_model(model_folders["qwen2"])
+    rows = []
+    model.model.embed_tokens.register_forward_hook(lambda m, i, o: rows.append(tuple(i[0].shape)))
+    g = generate(model, PROMPTS, 64, 60, [3, 7, 11], NOISE, max_rows=32)
+    decoded = sum(n for n, t in rows if t == 1)
+    waves = sum(int(part.max()) * 32 for part in g.length.split(32))
+    assert max(n for n, t in rows if t == 1) == 32
+    assert decoded < 1.25 * int(g.length.sum()) and decoded < 0.7 * waves
+
+
+def test_progress_counts_every_token_and_row(model_folders):
+    seen = []
+    g = generate(
+        load_model(model_folders["qwen2"]), PROMPTS, 8, 20, [3, 7], NOISE, max_rows=6,
+        progress=lambda *counts: seen.append(counts),
+    )  # fmt: skip
+    assert [sum(column) for column in zip(*seen, strict=True)] == [int(g.length.sum()), 32]
+
+
+def test_samples_do_not_depend_on_batch_group_slots_or_budget(model_folders):
     model = load_model(model_folders["llama"])
     end = [3, 7, 11]
     whole = responses(generate(model, PROMPTS, 8, 40, end, NOISE))
-    assert responses(generate(model, PROMPTS, 8, 40, end, NOISE, max_rows=5)) == whole
+    for slots in (1, 5, 31):
+        assert responses(generate(model, PROMPTS, 8, 40, end, NOISE, max_rows=slots)) == whole
+    budgets = [1 + i for i in range(32)]
+    cut = responses(generate(model, PROMPTS, 8, 40, end, NOISE, max_rows=7, budgets=budgets))
+    assert cut == [row[: 1 + i] for i, row in enumerate(whole)]
     shorter = responses(generate(model, PROMPTS, 3, 25, end, NOISE))
     assert shorter == [whole[p * 8 + s][:25] for p in range(4) for s in range(3)]
     assert responses(generate(model, PROMPTS, 8, 40, end, (TRAIN_NOISE, 0, 2))) != whole
@@ -104,6 +145,22 @@ def test_sample_follows_the_distribution():
         seen = p > 0
         assert chisquare(counts[seen].numpy(), (p[seen] * 50_000).numpy()).pvalue > 1e-3
         assert torch.allclose(logp.double(), p.log()[token], atol=1e-6)
+
+
+@pytest.mark.parametrize("V", [7, 128, 129, 1000, 5000])
+def test_sample_inverts_the_cumulative_distribution(V):
+    """Over many blocks of the vocabulary, against a plain search in float64."""
+    g = torch.Generator().manual_seed(V)
+    logits = 3 * torch.randn(200, V, generator=g)
+    logits[:, ::3] = -torch.inf
+    u = torch.rand(200, generator=g, dtype=torch.float64)
+    token, logp = sample(logits, u)
+    exact = logits.double().log_softmax(-1)
+    cdf = exact.exp().cumsum(-1)
+    before, at = (cdf.gather(1, (token[:, None] - i).clamp_min(0))[:, 0] for i in (1, 0))
+    before = before.where(token > 0, 0.0)
+    assert (before <= u + 1e-6).all() and (u <= at + 1e-6).all() and (token % 3 > 0).all()
+    assert torch.allclose(logp.double(), exact.gather(1, token[:, None])[:, 0], atol=1e-6)
 
 
 def test_extreme_uniforms_never_pick_an_impossible_token():

@@ -1,11 +1,13 @@
 """Plots, demo, bench and sample: grouping and errors by hand, the rest on throwaway models."""
 
 import json
+import sys
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import configurator
 import sample
@@ -13,7 +15,7 @@ import tiny
 from configurator import UserError, configure
 from lora import add_lora, lora_layers, save_adapter
 from settings import Config
-from tools import bench, demo, plot
+from tools import bench, demo, machine, peers, plot, workload
 
 ACCURACY = {0: (0.5, 0.9, 0.1), 1: (0.5, 0.7, 0.2), 2: (0.5, 0.8, 0.6)}  # at steps 0, 2, 4
 
@@ -176,17 +178,210 @@ def test_demo_table_has_the_base_first(folders):
 # ---- bench
 
 
+SMALL = {"arch": "tiny-random", "prompts": 2, "group": 2, "prompt_tokens": 6, "new_tokens": 9,
+         "updates": 2, "repeats": 1, "device": "cpu"}  # fmt: skip
+
+
+def options(*more):
+    """SMALL and more options, which win, as a command line."""
+    given = dict(option.removeprefix("--").split("=") for option in more)
+    return [f"--{key}={value}" for key, value in (SMALL | given).items()]
+
+
+def run_bench(capsys, *more):
+    """The JSON of the last line, and all that was printed."""
+    bench.main(options(*more))
+    printed = capsys.readouterr().out
+    return json.loads(printed.splitlines()[-1]), printed
+
+
 @pytest.mark.parametrize("lora_r", [4, 0])
 def test_bench_ends_in_json(capsys, lora_r):
-    bench.main(["--arch=tiny-random", "--prompts=2", "--group=2", "--prompt_tokens=6",
-                "--new_tokens=5", "--updates=2", "--repeats=2", f"--lora_r={lora_r}",
-                "--device=cpu"])  # fmt: skip
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    for phase in ("sample", "score", "update", "step"):
+    result, printed = run_bench(capsys, "--lengths=equal", f"--lora_r={lora_r}")
+    for phase in bench.PHASES:
         assert result[f"{phase}_s"] > 0
-        assert result[f"{phase}_tokens_per_s"] == pytest.approx(20 / result[f"{phase}_s"])
-    assert result["peak_memory_gb"] > 0
+        assert result[f"{phase}_tokens_per_s"] == pytest.approx(36 / result[f"{phase}_s"])
+        assert result[f"{phase}_peak_gb"] >= result[f"{phase}_growth_gb"] >= 0
+        assert f"\n{phase}" in printed
+    for phase in ("sample", "score", "update"):
+        assert 0 < result[f"{phase}_flop_share"] < 1 and 0 < result[f"{phase}_bandwidth_share"] < 1
+    assert result["step_s"] > result["update_s"]
+    assert result["peak_memory_gb"] > 0.05  # a process with torch in it
     assert result["model"] == "tiny-random" and result["device"]
+
+
+def test_bench_lengths_are_forced_and_ragged(capsys):
+    ragged = [run_bench(capsys, f"--seed={seed}")[0] for seed in (0, 0, 1)]
+    tokens = [r["response_tokens"] for r in ragged]
+    assert tokens[0] == tokens[1] != tokens[2]
+    assert tokens[0] < 36
+    assert run_bench(capsys, "--min_new=8")[0]["response_tokens"] >= 32
+    lengths = workload.draw_lengths(4000, 16, 300, "ragged", seed=0)
+    assert np.median(lengths) == pytest.approx(100, rel=0.05)
+    assert min(lengths) == 16 and max(lengths) == 300
+    assert np.mean(np.array(lengths) == 300) == pytest.approx(0.034, abs=0.01)
+    assert set(workload.draw_lengths(5, 1, 7, "equal", seed=0)) == {7}
+
+
+def test_bench_knobs_reach_the_work(capsys):
+    cfg = bench.BenchConfig(arch="tiny-random", prompts=2, group=2, lora_r=3, updates=2,
+                            micro_batch_tokens=1, gradient_checkpointing=True, prompt_tokens=6,
+                            new_tokens=9, rollout_rows=3, rollout_weights="adapter")  # fmt: skip
+    device, dtype = torch.device("cpu"), torch.bfloat16
+    with workload.weights(cfg, device, dtype) as name:
+        step = workload.Step(cfg, device, dtype, name)
+    assert step.model.dtype == dtype and step.model.num_parameters() > 0
+    layers = lora_layers(step.model).values()
+    assert {layer.r for layer in layers} == {3}
+    assert any(getattr(m, "gradient_checkpointing", False) for m in step.model.modules())
+    step.sample()
+    assert all(layer.merged_weight is None for layer in layers)
+    cfg.rollout_weights = "kept"
+    step.sample()
+    assert all(layer.merged_weight is not None for layer in layers)
+    step.score()
+    assert [list(map(len, mini)) for mini in step.parts] == [[1, 1], [1, 1]]
+    step.reward()
+    assert step.advantage.shape == (4,)
+    assert [workload.even(text) for text in ("3 8", "8 3", "")] == [1.0, 0.0, 0.0]
+    tokenizer = workload.word_tokenizer(128)
+    assert tokenizer("100 10 1 127")["input_ids"] == [100, 10, 1, 127]
+
+
+@pytest.mark.parametrize("arch", workload.SHAPES)
+def test_bench_shapes_are_models(arch):
+    """Their parameters, in millions, as the released models have them; no memory is taken."""
+    millions = {"tiny-random": 0.1, "qwen2-12x768": 218, "qwen2.5-1.5b": 1544,
+                "qwen2.5-7b": 7616, "llama3.2-3b": 3213}  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(workload.model_config(arch))
+    model.tie_weights()
+    assert model.num_parameters() / 1e6 == pytest.approx(millions[arch], rel=0.01, abs=0.1)
+
+
+def test_bench_random_logits_are_neither_flat_nor_one_token():
+    cfg = bench.BenchConfig(arch="tiny-random", prompts=2, group=2, new_tokens=9)
+    device = torch.device("cpu")
+    with workload.weights(cfg, device, torch.float32) as name:
+        step = workload.Step(cfg, device, torch.float32, name)
+    z = step.model(torch.tensor(step.prompts)).logits
+    assert 0.3 < z.std() < 3
+    assert z.softmax(-1).amax() < 0.9
+
+
+def test_bench_beside_generate_has_the_same_lengths(capsys):
+    result, printed = run_bench(capsys, "--peer=hf", "--repeats=2", "--rollout_rows=3")
+    assert result["peer_response_tokens"] == result["response_tokens"]
+    assert len(result["ratios"]) == 2
+    assert result["ratio"] == pytest.approx(np.median(result["ratios"]))
+    assert "transformers generate" in printed
+    assert "update_s" not in result
+
+
+def test_generate_as_a_peer_is_forced_and_leaves_the_model_alone():
+    cfg = bench.BenchConfig(arch="tiny-random", prompts=2, group=2, new_tokens=9,
+                            gradient_checkpointing=True)  # fmt: skip
+    device = torch.device("cpu")
+    with workload.weights(cfg, device, torch.float32) as name:
+        step = workload.Step(cfg, device, torch.float32, name)
+    before = dict(step.model.named_modules())
+    budgets = [1, 9, 4, 2]
+    with peers.without_adapter(step.model) as plain:
+        assert not lora_layers(plain)
+        assert peers.hf_generate(plain, step.prompts, 2, budgets, max_rows=3) == budgets
+    assert dict(step.model.named_modules()).keys() == before.keys()
+    assert len(lora_layers(step.model)) == 14
+    assert any(getattr(m, "gradient_checkpointing", False) for m in step.model.modules())
+    step.budgets = budgets
+    assert step.rollout() == budgets
+
+
+def test_bench_beside_trl(capsys):
+    pytest.importorskip("trl")
+    pytest.importorskip("peft")
+    result, printed = run_bench(capsys, "--peer=trl", "--micro_batch_tokens=15")
+    assert result["peer_response_tokens"] == result["response_tokens"]
+    assert result["peer_micro_batch_rows"] == 1
+    parts = [result[f"peer_{part}_s"] for part in ("sample", "score", "update")]
+    assert sum(parts) == pytest.approx(result["peer_s"]) and min(parts) > 0
+    assert result["ratio"] == pytest.approx(result["peer_s"] / result["step_s"])
+    assert result["peer_update_peak_gb"] > result["peer_update_growth_gb"]
+    assert "TRL" in printed
+
+
+def test_bench_without_trl_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(UserError, match="trl is not installed: pip install -r requirements-test"):
+        bench.main(options("--peer=trl"))
+
+
+def test_bench_scaling_extrapolation_and_own_problems(capsys, tiny_random):
+    result, printed = run_bench(capsys, "--scaling=both")
+    assert [size for size, _ in result["rows_points"]] == [2, 4]
+    assert [size for size, _ in result["length_points"]] == [1, 2, 4, 9]
+    assert "seconds ~ length^" in printed
+    assert machine.exponent([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2)
+    result, printed = run_bench(capsys, "--extrapolate=6x4")
+    assert result["extrapolated_update_s"] == pytest.approx(6 * result["update_s"])
+    assert "extrapolated from this one (not run)" in printed
+    result, _ = run_bench(
+        capsys, "--arch=none", f"--model={tiny_random}", f"--data={tiny_random}",
+        "--prompt_tokens=32", "--new_tokens=8",
+    )  # fmt: skip
+    assert 0 < result["response_tokens"] <= 32 and result["reward_s"] > 0
+
+
+def test_costs_by_hand():
+    """One layer's products counted one by one."""
+    cfg = bench.BenchConfig(arch="tiny-random")
+    device = torch.device("cpu")
+    with workload.weights(cfg, device, torch.float32) as name:
+        step = workload.Step(cfg, device, torch.float32, name)
+    cost = machine.Cost(step.model, torch.float32)
+    decoder = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    assert (cost.decoder, cost.head) == (decoder, 64 * 128)
+    P, R = torch.tensor([3, 3]), torch.tensor([2, 1])
+    pairs = 15 + 10  # 1 + 2 + ... + 5, 1 + ... + 4
+    flop = 2 * decoder * 9 + 2 * 64 * 128 * 3 + 4 * 2 * 64 * pairs
+    assert cost.forward_flop(P, R) == flop
+    sampling, read = cost.sampling(P, R, group=2, rows=8)
+    assert sampling == flop - 2 * decoder * 3 - 4 * 2 * 64 * 6  # the prompt is read once
+    # two steps; the tokens read 3 and 4, and 3 positions
+    assert read == 2 * 4 * (decoder + 64 * 128) + (3 + 4 + 3) * 2 * 2 * 2 * 16 * 4
+
+
+def test_peak_memory_sees_what_is_gone_again():
+    meter = machine.PeakMemory(torch.device("cpu"))
+    meter.start()
+    if np.isnan(meter.before):
+        pytest.skip("no /proc/self/clear_refs here")
+    torch.ones(25_000_000).sum()
+    growth, peak = meter.stop()
+    assert growth == pytest.approx(0.1, abs=0.02) and peak > growth
+    meter.start()
+    assert meter.stop()[0] < 0.02
+
+
+def test_errors_of_bench_are_one_line():
+    for argv, words in [
+        (["--prompts=0"], "prompts=0: must be at least 1"),
+        (["--min_new=10"], "min_new=10: must not be above new_tokens=9"),
+        (["--updates=5"], "updates=5: a step has 4 responses"),
+        (["--memory_fraction=2"], "at most 1"),
+        (["--memory_fraction=0.5"], "only CUDA can be capped"),
+        (["--extrapolate=64"], "write PROMPTSxGROUP"),
+        (["--extrapolate=6x4", "--peer=hf"], "of our phases alone"),
+        (["--scaling=rows", "--peer=hf"], "not with a peer"),
+        (["--scaling=rows", "--prompts=1"], "at least 2"),
+        (["--data=tiny"], "data=tiny: not with peer, scaling or arch"),
+        (["--peer=trl", "--updates=3"], "4 responses do not make 3 equal"),
+        (["--peer=trl", "--group=1"], "--group of at least 2"),
+        (["--lora_r=0", "--quant=nf4"], "add --quant=none"),
+        (["--arch=qwen3"], "arch"),
+    ]:
+        with pytest.raises(UserError, match=words) as error:
+            bench.main(options(*argv))
+        assert "\n" not in str(error.value)
 
 
 # ---- sample

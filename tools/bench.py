@@ -1,51 +1,42 @@
-"""Time the phases of a training step: sampling, scoring, update, with the functions train.py uses.
+"""Time the phases of a training step, alone or in turn with others' code on the same work.
 
     python -m tools.bench --model=tiny
     python -m tools.bench --arch=qwen2.5-1.5b --quant=nf4 --lora_r=32 --new_tokens=1024
+    python -m tools.bench --peer=hf         (our sampler and transformers' generate, in turn)
+    python -m tools.bench --peer=trl        (our whole step and that of TRL's GRPOTrainer, in turn)
+    python -m tools.bench --scaling=both    (cost of sampling against rows and length)
+    python -m tools.bench --data=tiny --prompts=64 --group=16 --prompt_tokens=32 --new_tokens=56
 
-Prompts are random and every response has new_tokens tokens, so that two machines or two versions
-of the code do the same work. --arch takes random weights of a known shape instead of a model.
-The last line printed is one JSON object.
+The phases are the functions train.py uses: sample (decoding and text), score (partition, old and
+reference log-probabilities), reward (rewards, advantages, with --data what train.py logs, too) and
+update. Without --data, prompts are random tokens and every response has a length of its own, drawn
+beforehand, so that two machines, two versions or two programs do the same work. --arch takes
+random weights of a known shape instead of a model. The last line printed is one JSON object;
+docs/SPEED.md says how each figure is measured.
 """
 
 import json
-import platform
-import tempfile
-import time
+import math
+import re
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Literal
 
 import torch
+import transformers
 from tqdm import tqdm
 
 import memory
-import tiny
-import train
 from configurator import UserError, configure, run
-from data import Problem, Rollouts, partition
-from engine import TRAIN_NOISE, generate
-from eval import check_positions, choose_device
-from lora import add_lora, reference, trainable
-from model import checkpoint_activations, load_model
-from settings import Config
+from eval import choose_device
+from model import load_model
+from tools.machine import Cost, PeakMemory, ceilings, device_name, exponent, seconds
+from tools.workload import SHAPES, Step, even, weights
 
-# Qwen2 shapes; those of the released models are in their config.json.
-SHAPES = {
-    "tiny-random": dict(
-        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
-    ),
-    "qwen2.5-1.5b": dict(
-        vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
-        num_attention_heads=12, num_key_value_heads=2, max_position_embeddings=32_768,
-        rope_theta=1e6,
-    ),
-}  # fmt: skip
+PHASES = ("sample", "score", "reward", "update")
+POINTS = 5  # of a scaling: the full size, its half, its quarter, ...
 
 
 @dataclass
@@ -54,145 +45,346 @@ class BenchConfig:
 
     # Model
     model: str = "tiny"  # hub id, local folder, or tiny / tiny_bad
-    arch: Literal["none", "tiny-random", "qwen2.5-1.5b"] = "none"  # random weights of this shape
+    arch: Literal["none", *SHAPES] = "none"  # random weights of this shape instead
     quant: Literal["none", "nf4"] = "none"  # 4-bit weights through bitsandbytes
     lora_r: int = 8  # rank of the adapter; 0 trains all weights
     gradient_checkpointing: bool = False  # recompute activations in backward
+    rollout_weights: memory.Rollout = "kept"  # sample by merged weights, kept or freed, or not
     # Work
     prompts: int = 8  # prompts a step
     group: int = 8  # responses a prompt
-    prompt_tokens: int = 64  # length of every prompt
-    new_tokens: int = 128  # length of every response
+    prompt_tokens: int = 64  # length of every prompt; with --data of the longest one taken
+    new_tokens: int = 128  # length of the longest response
+    min_new: int = 1  # length of the shortest response
+    lengths: Literal["ragged", "equal"] = "ragged"  # log-normal, clipped; or all new_tokens
+    data: str = ""  # problems to sample to the model's own ends and to grade, e.g. tiny
     updates: int = 1  # optimiser updates a step
     micro_batch_tokens: int = 8192  # padded prompt + response tokens a forward and backward
     rollout_rows: int = 128  # rows decoded at once
+    seed: int = 0  # of prompts, lengths and samples
+    # Measurement
     repeats: int = 3  # timed steps, after one that is not; medians are shown
+    peer: Literal["none", "hf", "trl"] = "none"  # transformers' generate, or TRL's whole step
+    scaling: Literal["none", "rows", "length", "both"] = "none"  # cost of sampling against size
+    extrapolate: str = ""  # PROMPTSxGROUP: the time of so large a step, from this one's
     # Machine
     device: str = "auto"  # auto = cuda where there is one, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = bfloat16 on cuda, else float32
+    memory_fraction: float = 1.0  # share of the GPU's memory this process may have
 
 
-def random_model(arch: str, folder: Path, dtype: torch.dtype) -> None:
-    """Save random weights as an ordinary model folder, so that loading them is the real thing."""
-    from transformers import AutoModelForCausalLM, Qwen2Config
-
-    torch.manual_seed(0)
-    config = Qwen2Config(**SHAPES[arch], tie_word_embeddings=True)
-    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+# ---------------------------------------------------------------------------------- the measurement
 
 
-def load(cfg: BenchConfig, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-    """The model as train.py sets it up."""
-    with tempfile.TemporaryDirectory() if cfg.arch != "none" else nullcontext() as folder:
-        if folder:
-            random_model(cfg.arch, Path(folder), dtype)
-        model = load_model(folder or tiny.resolve(cfg.model), cfg.quant, dtype, device)
-    check_positions(model, cfg.prompt_tokens, cfg.new_tokens)
-    if cfg.lora_r:
-        add_lora(model, cfg.lora_r, 2 * cfg.lora_r)
-    else:
-        model.requires_grad_(True)
-    if cfg.gradient_checkpointing:
-        checkpoint_activations(model)
-    return model
+class Meter:
+    """Runs phases and keeps what each took: name -> one value a step; the first is left out."""
 
+    def __init__(self, device: torch.device, total: int):
+        self.memory, self.device = PeakMemory(device), device
+        self.seconds: dict[str, list[float]] = {}
+        self.growth: dict[str, list[float]] = {}
+        self.peak: dict[str, list[float]] = {}
+        self.bar = tqdm(total=total, desc="bench", unit="phase", leave=False)
 
-def sample_rollouts(model: torch.nn.Module, cfg: BenchConfig) -> Rollouts:
-    """Random prompts and their responses, none of which ends early."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (cfg.prompts, cfg.prompt_tokens)
-    prompts = torch.randint(model.config.vocab_size, shape, generator=generator).tolist()
-    no_end = [-1]  # cannot be sampled
-    out = generate(model, prompts, cfg.group, cfg.new_tokens, no_end, (TRAIN_NOISE, 0, 1),
-                   max_rows=cfg.rollout_rows)  # fmt: skip
-    B = cfg.prompts * cfg.group
-    return Rollouts(
-        out.tokens, out.prompt_len, out.length, [""] * B, [Problem("", "", "")] * B, out.finished,
-        cfg.group, seed=0, step=1, sampler_logp=out.sampler_logp,
-    )  # fmt: skip
+    def __call__(self, phase: str, function: Callable[[], object]) -> None:
+        self.bar.set_postfix_str(phase)
+        self.memory.start()
+        self.seconds.setdefault(phase, []).append(seconds(function, self.device))
+        growth, peak = self.memory.stop()
+        self.growth.setdefault(phase, []).append(growth)
+        self.peak.setdefault(phase, []).append(peak)
+        self.bar.update()
+
+    def report(self, phase: str) -> dict[str, float]:
+        return {f"{phase}_s": median(self.seconds[phase][1:]),
+                f"{phase}_growth_gb": max(self.growth[phase]),
+                f"{phase}_peak_gb": max(self.peak[phase])}  # fmt: skip
 
 
 def bench(cfg: BenchConfig) -> dict:
-    """Run the steps; returns the configuration, seconds and response tokens/s of each phase."""
+    """Measure; returns the configuration and figures (docs/SPEED.md explains their names)."""
     device, dtype = choose_device(cfg.device, cfg.dtype)
-    model = load(cfg, device, dtype)
-    settings = Config(lr=1e-6, updates_per_step=cfg.updates)
-    optimizer = torch.optim.AdamW(trainable(model).values(), settings.lr)
-    B = cfg.prompts * cfg.group
-    advantage = torch.ones(B)
-    advantage[::2] = -1.0
-    lrs = [settings.lr] * cfg.updates
-    base = partial(reference, model) if cfg.lora_r else None  # as in train.py: KL costs a forward
-    seconds: dict[str, list[float]] = {"sample": [], "score": [], "update": []}
-    bar = tqdm(total=(cfg.repeats + 1) * len(seconds), desc="bench", unit="phase", leave=False)
-
-    def timed(phase: str, function: Callable, *args):
-        bar.set_postfix_str(phase)
-        _wait(device)
-        start = time.perf_counter()
-        result = function(*args)
-        _wait(device)
-        seconds[phase].append(time.perf_counter() - start)
-        bar.update()
-        return result
-
-    for _ in range(cfg.repeats + 1):
-        rollouts = timed("sample", sample_rollouts, model, cfg)
-        total_len = (rollouts.prompt_len + rollouts.length).tolist()
-        parts = partition(total_len, cfg.updates, cfg.micro_batch_tokens, seed=0, step=1)
-        timed("score", train.score, model, base, rollouts, parts, settings)
-        timed("update", train.update, model, optimizer, rollouts, advantage, parts, settings, lrs)
-    bar.close()
-
+    if cfg.memory_fraction < 1:
+        if device.type != "cuda":
+            raise UserError(f"memory_fraction={cfg.memory_fraction}: only CUDA can be capped")
+        torch.cuda.set_per_process_memory_fraction(cfg.memory_fraction, device)
+    with weights(cfg, device, dtype) as name:
+        step = Step(cfg, device, dtype, name)
+        trl_model = load_model(name, cfg.quant, dtype, device) if cfg.peer == "trl" else None
     result = {**asdict(cfg), "device": device_name(device), "threads": torch.get_num_threads(),
-              "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__}  # fmt: skip
+              "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__,
+              "transformers": transformers.__version__}  # fmt: skip
     if cfg.arch != "none":
         result["model"] = cfg.arch
-    for phase, values in seconds.items():
-        result[f"{phase}_s"] = median(values[1:])
-    result["step_s"] = median(map(sum, zip(*(v[1:] for v in seconds.values()), strict=True)))
-    for phase in (*seconds, "step"):
-        result[f"{phase}_tokens_per_s"] = B * cfg.new_tokens / result[f"{phase}_s"]
-    return result | {"peak_memory_gb": memory.peak_memory()}
+    bandwidth, flops = ceilings(device, dtype)
+    result |= {"ceiling_gb_per_s": bandwidth / 1e9, "ceiling_gflop_per_s": flops / 1e9}
+    if cfg.scaling != "none":
+        return result | scaling(cfg, step, device)
+
+    phases = ("rollout",) if cfg.peer == "hf" else PHASES
+    each = 2 if cfg.peer == "hf" else len(phases)
+    meter = Meter(device, (cfg.repeats + 1) * each)
+    cost = Cost(step.model, dtype)
+    work: list[dict] = []
+
+    def ours() -> None:
+        step.number += 1
+        for phase in phases:
+            meter(phase, getattr(step, phase))
+        work.append(amount(cfg, cost, step, phases))
+
+    if cfg.peer == "trl":
+        result |= beside_trl(cfg, step, trl_model, meter, ours)
+    elif cfg.peer == "hf":
+        result |= beside_hf(cfg, step, meter, ours)
+    else:
+        for _ in range(cfg.repeats + 1):
+            ours()
+    meter.bar.close()
+
+    for phase in phases:
+        result |= meter.report(phase)
+    if "update" in phases:
+        result["step_s"] = median(map(sum, zip(*(meter.seconds[p][1:] for p in phases),
+                                               strict=True)))  # fmt: skip
+        result["micro_batch_rows"] = max(len(rows) for mini in step.parts for rows in mini)
+    result["response_tokens"] = median(w["tokens"] for w in work[1:])
+    for phase in (*phases, *(["step"] if "update" in phases else [])):
+        took = result[f"{phase}_s"]
+        result[f"{phase}_tokens_per_s"] = result["response_tokens"] / took
+        if phase in work[-1]:
+            flop, read = (median(w[phase][i] for w in work[1:]) for i in range(2))
+            result[f"{phase}_flop_share"] = flop / took / flops
+            result[f"{phase}_bandwidth_share"] = read / took / bandwidth
+    peak = max(result[f"{phase}_peak_gb"] for phase in phases)
+    result["peak_memory_gb"] = peak if peak == peak else memory.peak_memory()
+    if cfg.extrapolate:
+        result |= extrapolate(cfg, result)
+    return result
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def amount(cfg: BenchConfig, cost: Cost, step: Step, phases: tuple[str, ...]) -> dict:
+    """What a step had to do: tokens, and (FLOP, bytes) of each phase that runs the model."""
+    r = step.rollouts if "update" in phases else step.out
+    sampling = cost.sampling(r.prompt_len, r.length, cfg.group, cfg.rollout_rows)
+    work = {"tokens": int(r.length.sum()), phases[0]: sampling}
+    if "update" in phases:
+        forward = cost.forward_flop(r.prompt_len, r.length)
+        read = cost.weight_bytes * sum(map(len, step.parts))
+        forwards = 1 if r.ref_logp is None else 2
+        # backward: gradients of activations, and of weights where they are trained
+        passes = 2 if cfg.lora_r else 3
+        work |= {"score": (forwards * forward, forwards * read),
+                 "update": (passes * forward, 2 * read)}  # fmt: skip
+    return work
 
 
-def device_name(device: torch.device) -> str:
-    """The GPU's or the processor's name."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+def beside_hf(cfg: BenchConfig, step: Step, meter: Meter, ours: Callable[[], None]) -> dict:
+    """Our sampler and transformers' generate in turn; what the peer took and the ratio."""
+    from tools import peers
+
+    lengths: list[int] = []
+
+    def peer() -> None:
+        torch.manual_seed(cfg.seed + step.number)
+        lengths[:] = peers.hf_generate(
+            model, step.prompts, cfg.group, step.budgets, cfg.rollout_rows
+        )
+
+    for _ in range(cfg.repeats + 1):
+        ours()
+        with peers.without_adapter(step.model) as model:
+            meter("peer", peer)
+        if not lengths == step.out.length.tolist() == step.budgets:
+            raise RuntimeError("the peer's lengths differ from ours")
+    return meter.report("peer") | {
+        "peer_version": transformers.__version__,
+        "peer_response_tokens": sum(lengths),
+        **ratio(meter.seconds["rollout"], meter.seconds["peer"]),
+    }
+
+
+def beside_trl(
+    cfg: BenchConfig,
+    step: Step,
+    model: torch.nn.Module,
+    meter: Meter,
+    ours: Callable[[], None],
+) -> dict:
+    """Our step and that of TRL's GRPOTrainer in turn; what the peer took and the ratios."""
+    from tools import peers
+
+    steps = peers.trl_steps(
+        model, step.tokenizer, step.prompts, cfg.group, step.budgets, even, cfg.updates,
+        cfg.micro_batch_tokens, cfg.lora_r, step.settings.lr, cfg.gradient_checkpointing,
+        cfg.repeats, ours,
+    )  # fmt: skip
+    lengths = [*steps["lengths"], step.rollouts.length.tolist()]
+    if any(one != step.budgets for one in lengths):
+        raise RuntimeError("the peer's lengths differ from ours")
+    longest = cfg.prompt_tokens + max(step.budgets)
+    B = cfg.prompts * cfg.group
+    our_steps = list(map(sum, zip(*(meter.seconds[phase] for phase in PHASES), strict=True)))
+    growth = max(steps["growth"])
+    return {
+        "peer_version": steps["version"],
+        "peer_s": median(steps["seconds"][1:]),
+        "peer_sample_s": median(steps["sample"][1:]),
+        "peer_score_s": median(steps["score"][1:]),
+        "peer_update_s": median(
+            a - b - c
+            for a, b, c in zip(*(steps[k][1:] for k in ("seconds", "sample", "score")), strict=True)
+        ),
+        "peer_response_tokens": sum(steps["lengths"][-1]),
+        "peer_micro_batch_rows": peers.micro_batch_rows(
+            B // cfg.updates, longest, cfg.micro_batch_tokens
+        ),
+        "peer_update_growth_gb": growth,
+        "peer_update_peak_gb": max(steps["peak"]),
+        "update_growth_ratio": max(meter.growth["update"]) / growth if growth else math.nan,
+        **ratio(our_steps, steps["seconds"]),
+    }
+
+
+def ratio(ours: list[float], theirs: list[float]) -> dict:
+    """How many times as long the peer takes: each pair's, and the median; the first is left out."""
+    ratios = [b / a for a, b in zip(ours[1:], theirs[1:], strict=True)]
+    return {"ratio": median(ratios), "ratios": ratios}
+
+
+def scaling(cfg: BenchConfig, step: Step, device: torch.device) -> dict:
+    """Seconds of sampling at several sizes, equal lengths, and the exponent of each fit."""
+    halves = [2**i for i in range(POINTS)]
+    sizes = {}
+    if cfg.scaling in ("rows", "both"):
+        sizes["rows"] = sorted({cfg.prompts // h for h in halves if cfg.prompts // h})
+    if cfg.scaling in ("length", "both"):
+        sizes["length"] = sorted({cfg.new_tokens // h for h in halves if cfg.new_tokens // h})
+    result: dict = {}
+    bar = tqdm(total=sum(map(len, sizes.values())) * (cfg.repeats + 1), desc="bench", leave=False)
+    for kind, values in sizes.items():
+        points = []
+        for size in values:
+            prompts = step.prompts[:size] if kind == "rows" else step.prompts
+            length = size if kind == "length" else cfg.new_tokens
+            budgets = [length] * (len(prompts) * cfg.group)
+            took = []
+            for _ in range(cfg.repeats + 1):
+                took.append(seconds(partial(step.generate, prompts, budgets), device))
+                bar.set_postfix_str(f"{kind} {size}")
+                bar.update()
+            points.append([len(budgets) if kind == "rows" else length, median(took[1:])])
+        result[f"{kind}_points"] = points  # [rows or tokens, seconds]
+        result[f"{kind}_exponent"] = exponent(*map(list, zip(*points, strict=True)))
+    bar.close()
+    return result
+
+
+def extrapolate(cfg: BenchConfig, result: dict) -> dict:
+    """Seconds of a larger step, each phase in proportion to its rows: waves and mini-batches of the
+    measured size, more of them."""
+    prompts, group = map(int, cfg.extrapolate.split("x"))
+    factor = prompts * group / (cfg.prompts * cfg.group)
+    larger = {f"extrapolated_{phase}_s": result[f"{phase}_s"] * factor for phase in PHASES}
+    return larger | {"extrapolated_step_s": sum(larger.values())}
+
+
+# --------------------------------------------------------------------------------------- the report
+
+
+def check(cfg: BenchConfig) -> None:
+    """Refuse what cannot be measured (UserError)."""
+    for key in ("prompts", "group", "prompt_tokens", "new_tokens", "min_new", "updates", "repeats",
+                "micro_batch_tokens", "rollout_rows"):  # fmt: skip
+        if getattr(cfg, key) < 1:
+            raise UserError(f"{key}={getattr(cfg, key)}: must be at least 1")
+    B = cfg.prompts * cfg.group
+    if cfg.updates > B:
+        raise UserError(f"updates={cfg.updates}: a step has {B} responses")
+    if cfg.min_new > cfg.new_tokens:
+        raise UserError(f"min_new={cfg.min_new}: must not be above new_tokens={cfg.new_tokens}")
+    if cfg.seed < 0 or cfg.lora_r < 0:
+        raise UserError("seed and lora_r must not be negative")
+    if not 0 < cfg.memory_fraction <= 1:
+        raise UserError(f"memory_fraction={cfg.memory_fraction}: must be above 0, at most 1")
+    if cfg.lora_r == 0 and cfg.quant != "none":
+        raise UserError("lora_r=0 trains all weights, which 4-bit ones cannot: add --quant=none")
+    if cfg.data and (cfg.peer != "none" or cfg.scaling != "none" or cfg.arch != "none"):
+        raise UserError(f"data={cfg.data}: not with peer, scaling or arch, whose lengths are given")
+    if cfg.scaling != "none" and cfg.peer != "none":
+        raise UserError(f"scaling={cfg.scaling}: of our sampler alone, not with a peer")
+    if cfg.scaling in ("rows", "both") and cfg.prompts < 2:
+        raise UserError(f"scaling={cfg.scaling}: needs --prompts of at least 2")
+    if cfg.scaling in ("length", "both") and cfg.new_tokens < 2:
+        raise UserError(f"scaling={cfg.scaling}: needs --new_tokens of at least 2")
+    if cfg.extrapolate and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", cfg.extrapolate):
+        raise UserError(f"extrapolate={cfg.extrapolate}: write PROMPTSxGROUP, e.g. 64x16")
+    if cfg.extrapolate and (cfg.peer != "none" or cfg.scaling != "none"):
+        raise UserError("extrapolate: of our phases alone, not with peer or scaling")
+    if cfg.peer == "trl" and B % cfg.updates:
+        raise UserError(f"peer=trl: {B} responses do not make {cfg.updates} equal mini-batches")
+    if cfg.peer == "trl" and cfg.group < 2:
+        raise UserError("peer=trl: needs --group of at least 2")
+
+
+def print_report(cfg: BenchConfig, result: dict) -> None:
+    print(f"{result['device']}, threads: {result['threads']}; {result['model']}, "
+          f"{result['dtype']}, quant={cfg.quant}, lora_r={cfg.lora_r}")  # fmt: skip
+    print(f"ceilings: {result['ceiling_gb_per_s']:.1f} GB/s, "
+          f"{result['ceiling_gflop_per_s']:,.0f} GFLOP/s")  # fmt: skip
+    lengths = "own lengths" if cfg.data else f"{cfg.lengths} lengths from {cfg.min_new}"
+    if cfg.lengths == "equal" or cfg.scaling != "none":
+        lengths = "equal lengths"
+    print(f"{cfg.prompts} x {cfg.group} responses of at most {cfg.new_tokens} tokens, {lengths}; "
+          f"prompts of {cfg.prompt_tokens}; median of {cfg.repeats}\n")  # fmt: skip
+    for kind in ("rows", "length"):
+        if f"{kind}_points" in result:
+            print(f"{kind:>8}{'seconds':>10}")
+            for size, took in result[f"{kind}_points"]:
+                print(f"{size:>8}{took:>10.3f}")
+            print(f"seconds ~ {kind}^{result[f'{kind}_exponent']:.2f}\n")
+    if cfg.scaling != "none":
+        return
+    print(f"{'':<8}{'seconds':>10}{'response tokens/s':>20}{'bandwidth':>11}{'arithmetic':>12}"
+          f"{'new GB':>9}{'peak GB':>9}")  # fmt: skip
+    for phase in ("rollout", *PHASES, "step"):
+        if f"{phase}_s" not in result:
+            continue
+        line = f"{phase:<8}{result[f'{phase}_s']:>10.3f}{result[f'{phase}_tokens_per_s']:>20,.0f}"
+        if f"{phase}_flop_share" in result:
+            line += f"{result[f'{phase}_bandwidth_share']:>11.1%}"
+            line += f"{result[f'{phase}_flop_share']:>12.1%}"
+        elif phase == "reward":
+            line += " " * 23
+        if phase != "step":
+            line += f"{result[f'{phase}_growth_gb']:>9.3f}{result[f'{phase}_peak_gb']:>9.3f}"
+        print(line)
+    print(f"peak memory {result['peak_memory_gb']:.2f} GB")
+    if cfg.peer != "none":
+        name, what = ("transformers generate", "rollout") if cfg.peer == "hf" else ("TRL", "step")
+        print(f"\n{name} {result['peer_version']}: {result['peer_s']:.3f} s against our "
+              f"{result[f'{what}_s']:.3f} s; ratio, median of {cfg.repeats} in turn: "
+              f"{result['ratio']:.2f}")  # fmt: skip
+    if cfg.peer == "trl":
+        print(
+            f"its generate {result['peer_sample_s']:.3f} s, scoring and reward "
+            f"{result['peer_score_s']:.3f} s, update and the rest {result['peer_update_s']:.3f} s"
+        )
+        print(f"its update: {result['peer_update_growth_gb']:.3f} new GB, micro-batches of "
+              f"{result['peer_micro_batch_rows']} rows; ours, of {result['micro_batch_rows']} or "
+              f"fewer, takes {result['update_growth_ratio']:.2f} of that")  # fmt: skip
+    if cfg.extrapolate:
+        print(f"\na step of {cfg.extrapolate}, extrapolated from this one (not run): "
+              f"{result['extrapolated_step_s']:,.1f} s")  # fmt: skip
 
 
 def main(argv: list[str]) -> None:
     cfg, _ = configure(BenchConfig, argv)
-    for key in ("prompts", "group", "prompt_tokens", "new_tokens", "updates", "repeats",
-                "micro_batch_tokens", "rollout_rows"):  # fmt: skip
-        if getattr(cfg, key) < 1:
-            raise UserError(f"{key}={getattr(cfg, key)}: must be at least 1")
-    if cfg.updates > cfg.prompts * cfg.group:
-        raise UserError(f"updates={cfg.updates}: a step has {cfg.prompts * cfg.group} responses")
-    if cfg.lora_r == 0 and cfg.quant != "none":
-        raise UserError("lora_r=0 trains all weights, which 4-bit ones cannot: add --quant=none")
+    check(cfg)
     result = bench(cfg)
-    print(f"{result['device']}, threads: {result['threads']}; {result['model']}, "
-          f"{result['dtype']}, quant={cfg.quant}, lora_r={cfg.lora_r}")  # fmt: skip
-    print(f"{cfg.prompts} x {cfg.group} responses of {cfg.new_tokens} tokens, prompts of "
-          f"{cfg.prompt_tokens}; median of {cfg.repeats}\n")  # fmt: skip
-    print(f"{'':<8}{'seconds':>10}{'response tokens/s':>20}")
-    for phase in ("sample", "score", "update", "step"):
-        print(f"{phase:<8}{result[f'{phase}_s']:>10.3f}{result[f'{phase}_tokens_per_s']:>20,.0f}")
-    print(f"peak memory {result['peak_memory_gb']:.2f} GB")
-    print(json.dumps(result))
+    print_report(cfg, result)
+    # what is not known is null: NaN is not JSON
+    print(json.dumps({key: None if value != value else value for key, value in result.items()}))
 
 
 if __name__ == "__main__":
