@@ -17,8 +17,9 @@ from transformers.utils import logging as hf_logging
 
 from configurator import UserError
 
-# fp32 logits held at once by token_stats, in elements: 256 MB, whatever the vocabulary.
-LOGITS_CHUNK = 2**26
+# fp32 logits held at once by token_stats, in elements: 128 MB, whatever the vocabulary (backward
+# holds some five times as much).
+LOGITS_CHUNK = 2**25
 # Below so many parameters a second thread costs more than it brings on the CPU, most of all where
 # other work keeps the cores busy (12 times as long was seen for the tiny world).
 SMALL_MODEL = 2_000_000

@@ -62,6 +62,7 @@ class Config:
     rollout_rows: int = 128  # rows decoded at once: bounds the KV cache
     rollout_weights: RolloutWeights = "auto"  # merged: W + BA in a copy, faster; auto: if it fits
     device: str = "auto"  # auto = cuda where there is one, else cpu
+    threads: int = 0  # torch's on the CPU; 0 = one for models under 2 M parameters, else every core
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = bfloat16 on cuda, else float32
     # Eval, logs, checkpoints
     eval_every: int = 50  # steps between evals; one comes before the first step; 0 = never
@@ -112,7 +113,8 @@ def check(cfg: Config) -> list[str]:
         if getattr(cfg, key) < 1:
             raise UserError(f"{key}={getattr(cfg, key)}: must be at least 1")
     no_less = ("lora_r", "lr", "kl_coef", "clip_low", "clip_high", "weight_decay", "warmup", "seed",
-               "eval_every", "eval_n", "eval_temperature", "save_every", "log_samples")  # fmt: skip
+               "eval_every", "eval_n", "eval_temperature", "save_every", "log_samples",
+               "threads")  # fmt: skip
     for key in no_less:
         if getattr(cfg, key) < 0:
             raise UserError(f"{key}={getattr(cfg, key)}: must not be negative")

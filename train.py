@@ -250,6 +250,8 @@ def train(cfg: Config) -> list[dict]:
     recorded = asdict(cfg)
     folder = RunFolder(Path(cfg.out_dir), recorded, cfg.resume)
     model = load_model(name, cfg.quant, dtype, device)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
     check_positions(model, cfg.max_prompt_tokens, cfg.max_new_tokens)
     frozen = None
     if cfg.lora_r:

@@ -197,7 +197,8 @@ def run_bench(capsys, *more):
 
 @pytest.mark.parametrize("lora_r", [4, 0])
 def test_bench_ends_in_json(capsys, lora_r):
-    result, printed = run_bench(capsys, "--lengths=equal", f"--lora_r={lora_r}")
+    result, printed = run_bench(capsys, "--lengths=equal", f"--lora_r={lora_r}", "--threads=1")
+    assert result["threads"] == 1 == torch.get_num_threads()
     for phase in bench.PHASES:
         assert result[f"{phase}_s"] > 0
         assert result[f"{phase}_tokens_per_s"] == pytest.approx(36 / result[f"{phase}_s"])

@@ -459,6 +459,16 @@ def test_the_whole_eval_set_is_kept_out_of_training_whatever_eval_n(small, tiny_
     assert "train: 1 problems (dropped: 500 in the eval set" in capsys.readouterr().out
 
 
+def test_threads_are_set_and_a_small_model_has_one(small):
+    try:
+        train(replace(small, steps=1))
+        assert torch.get_num_threads() == 1
+        train(replace(small, steps=1, threads=2, out_dir=small.out_dir + "2"))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_no_cuda_means_the_tiny_scale(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     scale, reason = choose_scale({})

@@ -69,6 +69,7 @@ class BenchConfig:
     extrapolate: str = ""  # PROMPTSxGROUP: the time of so large a step, from this one's
     # Machine
     device: str = "auto"  # auto = cuda where there is one, else cpu
+    threads: int = 0  # torch's on the CPU; 0 = as train.py sets them
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = bfloat16 on cuda, else float32
     memory_fraction: float = 1.0  # share of the GPU's memory this process may have
 
@@ -111,6 +112,8 @@ def bench(cfg: BenchConfig) -> dict:
     with weights(cfg, device, dtype) as name:
         step = Step(cfg, device, dtype, name)
         trl_model = load_model(name, cfg.quant, dtype, device) if cfg.peer == "trl" else None
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
     result = {**asdict(cfg), "device": device_name(device), "threads": torch.get_num_threads(),
               "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__,
               "transformers": transformers.__version__}  # fmt: skip
