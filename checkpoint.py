@@ -65,7 +65,8 @@ class RunFolder:
         for key, value in config.items():
             # JSON has no tuples, and resume and out_dir say nothing of the run itself
             before, now = json.dumps(saved.get(key)), json.dumps(value)
-            if before == now or key in ("resume", "out_dir"):
+            # a run from before there was such a knob had what is now its default
+            if before == now or key in ("resume", "out_dir") or key not in saved:
                 continue
             if key in FIXED:
                 raise UserError(f"resume: {key} was {before} and is now {now}: start a new run")

@@ -119,9 +119,8 @@ class KVCache:
 
     def _copy(self, index: torch.Tensor | None, room: int) -> None:
         """New buffers of the slots `index` (None: all) from the first column in use, and room."""
-        first = min(
-            self.first, self.column - self.longest_prompt
-        )  # a prompt must fit before column
+        # Whatever prompt moves in next must fit to the left of the column.
+        first = min(self.first, self.column - self.longest_prompt)
         held = self.column - first
 
         def copy(old: torch.Tensor, dim: int) -> torch.Tensor:

@@ -137,8 +137,8 @@ def plan(
     kept = tokens * (n_layers * layer_bytes + gradients)
     recomputed = tokens * (n_layers * s * H + layer_bytes + gradients)
     # Logits of a chunk: once as the head gives them, and five times in fp32: themselves, and in
-    # backward the shares of logsumexp and of the gathered token. Of a decoding step likewise:
-    # themselves, their logarithms, the probabilities, and these summed up in float64.
+    # backward the shares of logsumexp and of the gathered token. Of a decoding step: as the head
+    # gives them, in fp32, and as probabilities.
     V = head(model).weight.shape[0]
     per_logit = s + 5 * 4
     chunk = min(max(1, LOGITS_CHUNK // V), tokens)
@@ -153,7 +153,7 @@ def plan(
         activations=recomputed if checkpointing else kept,
         activations_else=kept if checkpointing else recomputed,
         logits=chunk * V * per_logit,
-        sampled=rollout_rows * V * per_logit,
+        sampled=rollout_rows * V * (s + 2 * 4),
         device=device_memory(next(model.parameters()).device),
         tokens=tokens,
         rows=rollout_rows,

@@ -84,6 +84,18 @@ def test_ended_rows_cost_nothing(model_folders):
     assert kept < 0.6 * box and decoded < 1.15 * kept
 
 
+def test_memory_that_was_never_written_is_never_read(model_folders):
+    """With new buffers full of nan, also what is masked must have been written."""
+    model = load_model(model_folders["olmo2"])
+    want = responses(generate(model, PROMPTS, 8, 150, [3], NOISE, max_rows=5))
+    torch.use_deterministic_algorithms(True)  # it fills them so
+    try:
+        assert torch.empty(3).isnan().all()
+        assert responses(generate(model, PROMPTS, 8, 150, [3], NOISE, max_rows=5)) == want
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_waiting_rows_take_the_slots_of_ended_ones(model_folders):
     """Ragged lengths cost little: a wave of its own for every 32 rows would decode many more."""
     model = load_model(model_folders["qwen2"])

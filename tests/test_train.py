@@ -127,6 +127,18 @@ def test_a_folder_with_a_run_is_refused_and_resume_says_what_changed(small, caps
         train(replace(small, out_dir=small.out_dir + "new", resume=True))
 
 
+def test_a_run_from_before_a_knob_existed_goes_on(small, capsys):
+    train(small)
+    path = f"{small.out_dir}/config.json"
+    with open(path) as file:
+        saved = json.load(file)
+    del saved["config"]["one_shot"], saved["config"]["threads"]
+    with open(path, "w") as file:
+        json.dump(saved, file)
+    assert len(train(replace(small, steps=3, resume=True))) == 3
+    assert "one_shot" not in capsys.readouterr().out.partition("resumed after")[0]
+
+
 def test_two_runs_in_one_folder(small):
     from pathlib import Path
 

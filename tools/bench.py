@@ -306,8 +306,8 @@ def check(cfg: BenchConfig) -> None:
         raise UserError(f"updates={cfg.updates}: a step has {B} responses")
     if cfg.min_new > cfg.new_tokens:
         raise UserError(f"min_new={cfg.min_new}: must not be above new_tokens={cfg.new_tokens}")
-    if cfg.seed < 0 or cfg.lora_r < 0:
-        raise UserError("seed and lora_r must not be negative")
+    if min(cfg.seed, cfg.lora_r, cfg.threads) < 0:
+        raise UserError("seed, lora_r and threads must not be negative")
     if not 0 < cfg.memory_fraction <= 1:
         raise UserError(f"memory_fraction={cfg.memory_fraction}: must be above 0, at most 1")
     if cfg.lora_r == 0 and cfg.quant != "none":
