@@ -10,7 +10,8 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-GROW = 128  # columns by which the cache grows, so that short responses stay cheap
+GROW = 128  # columns by which a KVCache grows, so that short responses stay cheap
+BUCKET = 256  # a StaticCache is read up to a multiple of so many columns
 
 
 @dataclass
@@ -51,6 +52,7 @@ class KVCache:
     """
 
     is_compileable = False
+    shape = None  # of a step: new ones all the time
 
     def __init__(self, slots: int, longest_prompt: int, max_new_tokens: int, like: Prompt):
         """Empty. longest_prompt: tokens of the longest that will ever be placed; like: any one."""
@@ -77,9 +79,13 @@ class KVCache:
     def get_seq_length(self, layer: int = 0) -> int:
         return self.column
 
-    def step_mask(self) -> torch.Tensor | None:
-        """[n, 1, 1, S] over the columns that `update` is about to return; None: all see all."""
+    def open(self, position: torch.Tensor) -> torch.Tensor | None:
+        """The mask of a step, [n, 1, 1, S] over what `update` is to return; None: all see all."""
         return self.mask[:, None, None, self.first : self.column + 1] if self.padding else None
+
+    def advance(self) -> None:
+        """A step is over."""
+        self.column += 1
 
     def place(self, slots: list[int], prompt: Prompt) -> None:
         """Put a prompt into these slots, as if they had just read it."""
@@ -138,6 +144,84 @@ class KVCache:
         self.start = [None if start is None else start - first for start in self.start]
         self.column = held
         self._look()
+
+
+class StaticCache:
+    """Keys and values of n slots in buffers that are never replaced, for CUDA graphs.
+
+    [n, kv_heads, columns, head_dim] a layer. A slot's tokens stand in columns 0, 1, ...: each row
+    writes at its own position, and all are read up to the end of the bucket that holds the longest.
+    Has KVCache's methods.
+    """
+
+    is_compileable = False
+
+    def __init__(self, slots: int, longest_prompt: int, max_new_tokens: int, like: Prompt):
+        columns = longest_prompt + max_new_tokens
+        self.keys, self.values = (
+            [x.new_zeros(slots, x.shape[0], columns, x.shape[2]) for x in layers]
+            for layers in (like.keys, like.values)
+        )
+        device = like.keys[0].device
+        self.slot, self.at = (
+            torch.arange(slots, device=device),
+            torch.arange(columns, device=device),
+        )
+        self.clear()
+
+    def clear(self) -> None:
+        """Nobody in any slot; what was stored is written over."""
+        # Tokens in each slot at tick 0, so that a tick adds one to all; None: nobody in it.
+        self.held: list[int | None] = [None] * len(self.slot)
+        self.tick = 0
+
+    @property
+    def shape(self) -> int:
+        """Columns read in the coming step."""
+        held = max((n for n in self.held if n is not None), default=-self.tick) + self.tick + 1
+        return min(-(-held // BUCKET) * BUCKET, len(self.at))
+
+    def open(self, position: torch.Tensor) -> torch.Tensor:
+        """The mask of a step, [n, 1, 1, S]; position [n]: columns to which `update` writes."""
+        self.where, self.seen = (self.slot[: len(position)], position), self.shape
+        hidden = self.at[: self.seen] > position[:, None]  # [n, S]
+        mask = torch.zeros(hidden.shape, dtype=self.keys[0].dtype, device=hidden.device)
+        return mask.masked_fill(hidden, -torch.inf)[:, None, None]
+
+    def update(self, key, value, layer: int, *args, **kwargs):  # [n, H, 1, D] each
+        """Called by every attention layer: store a token a slot, return the bucket."""
+        slot, position = self.where
+        for store, new in ((self.keys[layer], key), (self.values[layer], value)):
+            store[slot, :, position] = new[:, :, 0]
+        n = len(slot)
+        return self.keys[layer][:n, :, : self.seen], self.values[layer][:n, :, : self.seen]
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return 0  # positions and mask are given
+
+    def place(self, slots: list[int], prompt: Prompt) -> None:
+        P = prompt.keys[0].shape[1]
+        for stores, layers in ((self.keys, prompt.keys), (self.values, prompt.values)):
+            for store, new in zip(stores, layers, strict=True):
+                store[slots, :, :P] = new
+        for slot in slots:
+            self.held[slot] = P - self.tick
+
+    def release(self, slots: list[int]) -> None:
+        for slot in slots:
+            self.held[slot] = None
+
+    def keep(self, slots: list[int]) -> None:
+        """These slots' tokens move to the first ones."""
+        for store in (*self.keys, *self.values):
+            store[: len(slots)] = store[slots]
+        self.held = [self.held[slot] for slot in slots] + [None] * (len(self.held) - len(slots))
+
+    def make_room(self) -> None:
+        """There is."""
+
+    def advance(self) -> None:
+        self.tick += 1
 
 
 def _attention(module, query, key, value, mask, scaling=None, **kwargs):

@@ -156,6 +156,15 @@ def merged(model: nn.Module, free: bool = False) -> Iterator[None]:
                 layer.merged_weight = None
 
 
+def rollout_address(model: nn.Module) -> tuple:
+    """Which weights a forward multiplies by now: while this stays, so does a captured graph."""
+    layers = lora_layers(model).values()
+    return tuple(
+        (x.enabled, x.use_merged, None if x.merged_weight is None else x.merged_weight.data_ptr())
+        for x in layers
+    )
+
+
 # ---------------------------------------------------------------------------------------- on disk
 
 

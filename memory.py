@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from configurator import UserError
+from engine import drop_slots
 from lora import computation_dtype, lora_layers, merged, trainable
 from model import LOGITS_CHUNK, head, token_stats
 
@@ -26,9 +27,18 @@ Rollout = Literal["kept", "freed", "adapter"]
 USABLE = 0.9
 
 
-def rollout_weights(model: nn.Module, how: Rollout) -> AbstractContextManager[None]:
+@contextmanager
+def rollout_weights(model: nn.Module, how: Rollout) -> Iterator[None]:
     """Inside, decoding goes by these weights (lora.merged)."""
-    return nullcontext() if how == "adapter" else merged(model, free=how == "freed")
+    try:
+        with nullcontext() if how == "adapter" else merged(model, free=how == "freed"):
+            yield
+    except torch.OutOfMemoryError:
+        drop_slots(model)
+        raise
+    finally:
+        if how == "freed":
+            drop_slots(model)
 
 
 # ---------------------------------------------------------------------------------------- the plan

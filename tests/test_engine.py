@@ -2,14 +2,57 @@
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoModelForCausalLM
 
-from engine import TRAIN_NOISE, generate, sample, uniforms
-from lora import add_lora, lora_layers, trainable
+import engine
+import kvcache
+import slots
+from engine import TRAIN_NOISE, generate
+from lora import adapter_off, add_lora, lora_layers, merged, trainable
 from model import checkpoint_activations, load_model, load_tokenizer, token_stats
+from sampling import sample, uniforms
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [20], [30, 31, 32, 33]]
 NOISE = (TRAIN_NOISE, 0, 1)
+
+
+class Traced:
+    """What a CUDA graph is, on the CPU: the operators of a step and the tensors that they work on,
+    nothing of Python between them; only what they write in place has an effect."""
+
+    captured = replayed = 0
+
+    def __init__(self, step, pool):
+        it = step.__self__
+        written = [it.row, it.token, it.over, *it.cache.keys, *it.cache.values]
+        written += [x for x in vars(it.rows).values() if torch.is_tensor(x)]
+        before = [x.clone() for x in written]
+        self.operators = make_fx(lambda _: step())(torch.zeros(1))
+        for tensor, value in zip(written, before, strict=True):  # nothing runs in a capture
+            tensor.copy_(value)
+        Traced.captured += 1
+
+    def replay(self):
+        self.operators(torch.zeros(1))
+        Traced.replayed += 1
+
+    def pool(self):
+        return None
+
+
+@pytest.fixture(params=["growing", "static", "graph"])
+def mode(request, monkeypatch):
+    """generate as on the CPU; with static slots, as on the GPU; and these with captured steps."""
+    if request.param != "growing":
+        monkeypatch.setattr(engine, "STATIC_DEVICES", ("cpu",))
+        monkeypatch.setattr(kvcache, "BUCKET", 16)
+    if request.param == "graph":
+        monkeypatch.setattr(kvcache, "BUCKET", 64)
+        monkeypatch.setattr(slots, "GRAPH_DEVICES", ("cpu",))
+        monkeypatch.setattr(slots, "capture", Traced)
+        Traced.captured = Traced.replayed = 0
+    return request.param
 
 
 def reference_greedy(model, prompt, n, end):
@@ -25,7 +68,7 @@ def responses(g):
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "olmo2"])
-def test_greedy_equals_generate(model_folders, family):
+def test_greedy_equals_generate(model_folders, family, mode):
     """Token for token in fp32, prompts of different lengths, end tokens that really end some."""
     model = load_model(model_folders[family])
     plain = AutoModelForCausalLM.from_pretrained(model_folders[family])
@@ -38,20 +81,44 @@ def test_greedy_equals_generate(model_folders, family):
     assert g.finished.tolist() == [e[-1] in end for e in expected]
 
 
-@pytest.mark.parametrize("slots", [1, 3, 4])
-def test_greedy_equals_generate_through_few_slots(model_folders, slots):
+@pytest.mark.parametrize("n", [1, 3, 4])
+def test_greedy_equals_generate_through_few_slots(model_folders, n, mode):
     """Rows move in as others end, the longest prompt among the last; the cache drops old columns
-    and grows on the way."""
+    and grows on the way, or is read by buckets."""
     prompts = [*PROMPTS[1:], [40, 41], PROMPTS[0], [50] * 30, [60, 61, 62]]
     model = load_model(model_folders["llama"])
     plain = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
     budgets = [150, 3, 40, 90, 1, 150, 20]
     expected = [reference_greedy(plain, p, n, None) for p, n in zip(prompts, budgets, strict=True)]
-    g = generate(
-        model, prompts, 1, 150, [-1], NOISE, temperature=0, max_rows=slots, budgets=budgets
-    )
+    g = generate(model, prompts, 1, 150, [-1], NOISE, temperature=0, max_rows=n, budgets=budgets)
     assert responses(g) == expected and g.length.tolist() == budgets
     assert not g.finished.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_greedy_in_bf16_or_merged_is_right_up_to_rounding(model_folders, dtype, mode):
+    """Wherever the two best logits of transformers' own forward, by base and adapter, are further
+    apart than the error measured on the tokens that were taken, the better one is taken."""
+    model = load_model(model_folders["llama"], dtype=dtype)
+    add_lora(model, 4, 8)
+    for i, layer in enumerate(lora_layers(model).values()):
+        torch.nn.init.normal_(layer.lora_B, std=0.1, generator=torch.Generator().manual_seed(i))
+    with merged(model):
+        g = generate(model, PROMPTS, 1, 100, [-1], NOISE, temperature=0, max_rows=3)
+    clear = 0
+    for i, prompt in enumerate(PROMPTS):
+        p = len(prompt)
+        tokens = g.tokens[i : i + 1, : p + 100]
+        with torch.no_grad():
+            logp = model(tokens).logits[0, p - 1 : -1].float().log_softmax(-1)  # [100, V]
+        taken = tokens[0, p:]
+        error = (logp.gather(1, taken[:, None])[:, 0] - g.sampler_logp[i]).abs().max()
+        assert error < (1e-4 if dtype == torch.float32 else 0.3)
+        best = logp.topk(2)
+        sure = best.values[:, 0] - best.values[:, 1] > 2 * error  # either logit may be off by it
+        assert (taken == best.indices[:, 0])[sure].all()
+        clear += int(sure.sum())
+    assert clear > (390 if dtype == torch.float32 else 200)  # of 400
 
 
 def test_greedy_equals_generate_on_a_real_model(shared):
@@ -108,7 +175,7 @@ def test_waiting_rows_take_the_slots_of_ended_ones(model_folders):
     assert decoded < 1.25 * int(g.length.sum()) and decoded < 0.7 * waves
 
 
-def test_progress_counts_every_token_and_row(model_folders):
+def test_progress_counts_every_token_and_row(model_folders, mode):
     seen = []
     g = generate(
         load_model(model_folders["qwen2"]), PROMPTS, 8, 20, [3, 7], NOISE, max_rows=6,
@@ -121,8 +188,8 @@ def test_samples_do_not_depend_on_batch_group_slots_or_budget(model_folders):
     model = load_model(model_folders["llama"])
     end = [3, 7, 11]
     whole = responses(generate(model, PROMPTS, 8, 40, end, NOISE))
-    for slots in (1, 5, 31):
-        assert responses(generate(model, PROMPTS, 8, 40, end, NOISE, max_rows=slots)) == whole
+    for n in (1, 5, 31):
+        assert responses(generate(model, PROMPTS, 8, 40, end, NOISE, max_rows=n)) == whole
     budgets = [1 + i for i in range(32)]
     cut = responses(generate(model, PROMPTS, 8, 40, end, NOISE, max_rows=7, budgets=budgets))
     assert cut == [row[: 1 + i] for i, row in enumerate(whole)]
@@ -130,6 +197,57 @@ def test_samples_do_not_depend_on_batch_group_slots_or_budget(model_folders):
     assert shorter == [whole[p * 8 + s][:25] for p in range(4) for s in range(3)]
     assert responses(generate(model, PROMPTS, 8, 40, end, (TRAIN_NOISE, 0, 2))) != whole
     assert len({tuple(r) for r in whole[:8]}) == 8
+
+
+def test_samples_do_not_depend_on_the_cache_or_its_buckets(model_folders, monkeypatch):
+    """Static slots and captured steps give the samples of the growing cache."""
+    model = load_model(model_folders["qwen2"])
+    call = (PROMPTS, 8, 60, [3, 7, 11], NOISE, 0.9, 0.99, 50)
+    want = responses(generate(model, *call, max_rows=6))
+    monkeypatch.setattr(engine, "STATIC_DEVICES", ("cpu",))
+    for bucket, n in ((1, 6), (16, 5), (16, 32), (64, 1)):
+        monkeypatch.setattr(kvcache, "BUCKET", bucket)
+        assert responses(generate(model, *call, max_rows=n)) == want
+
+
+def test_a_captured_step_stays_valid_as_weights_change(model_folders, monkeypatch):
+    """An update later, the graphs of the first rollout give what eager decoding gives: nothing that
+    they hold was replaced. Where it was (the copy freed, the adapter off), they are not used."""
+    model = load_model(model_folders["llama"])
+    add_lora(model, 4, 8)
+    call = (PROMPTS, 4, 30, [-1], NOISE)  # of one length, so that all steps are of one shape
+
+    def rollout(free=False):
+        with merged(model, free):
+            return responses(generate(model, *call))
+
+    def update(seed):
+        for i, parameter in enumerate(trainable(model).values()):
+            with torch.no_grad():
+                generator = torch.Generator().manual_seed(100 * seed + i)
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+
+    def eager():
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "STATIC_DEVICES", ())
+            return rollout()
+
+    monkeypatch.setattr(engine, "STATIC_DEVICES", ("cpu",))
+    monkeypatch.setattr(slots, "GRAPH_DEVICES", ("cpu",))
+    monkeypatch.setattr(slots, "capture", Traced)
+    Traced.captured = Traced.replayed = 0
+    seen = []
+    for seed in range(3):
+        seen.append(rollout())
+        assert (Traced.captured, Traced.replayed) == (1, 28 + 29 * seed)
+        update(seed)
+    update_free = rollout(free=True)
+    assert Traced.captured == 1
+    assert rollout() == update_free and Traced.captured == 2  # in copies that are new
+    assert rollout() == eager() == update_free and len({str(x) for x in (*seen, update_free)}) == 4
+    with adapter_off(model):
+        base = responses(generate(model, *call))
+    assert base == responses(generate(load_model(model_folders["llama"]), *call))
 
 
 def test_sampler_logp_is_the_scored_one(model_folders):

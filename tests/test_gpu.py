@@ -6,8 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+import engine
 import tiny
 from engine import TRAIN_NOISE, generate
+from lora import add_lora, merged, trainable
 from model import load_model, token_stats
 from settings import Config
 from train import train
@@ -28,6 +30,33 @@ def test_greedy_equals_generate_on_the_gpu(model_folders):
             )[0, len(prompt) :].tolist()  # fmt: skip
             p, n = len(prompt), int(g.length[i])
             assert g.tokens[i, p : p + n].tolist() == out
+
+
+@pytest.mark.filterwarnings("error:decoding goes on without")
+def test_a_captured_step_stays_valid_as_weights_change(model_folders, monkeypatch):
+    """Graphs of the first rollout, replayed after each update, sample what eager steps sample."""
+    model = load_model(model_folders["llama"], device="cuda")
+    add_lora(model, 4, 8)
+    call = ([[5, 6, 7, 8, 9], [12, 13], [20]], 8, 60, [3], (TRAIN_NOISE, 0, 0))
+    graphs = set()
+    for seed in range(3):
+        for i, parameter in enumerate(trainable(model).values()):
+            noise = torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(9 * seed + i)
+            )
+            parameter.data.add_(noise.cuda(), alpha=0.1)
+        with merged(model):
+            ours = generate(model, *call, max_rows=7)
+            kept = model.static_slots[1].graphs
+            assert kept and graphs <= {id(graph) for graph in kept.values()}
+            graphs = {id(graph) for graph in kept.values()}
+        with monkeypatch.context() as patch, merged(model):
+            slots_of_graphs = model.static_slots
+            patch.setattr(engine, "STATIC_DEVICES", ())
+            eager = generate(model, *call, max_rows=7)
+            model.static_slots = slots_of_graphs
+        assert torch.equal(ours.tokens, eager.tokens)
+        assert torch.allclose(ours.sampler_logp, eager.sampler_logp, atol=1e-3)
 
 
 def test_sampler_and_scores_agree_on_the_gpu(model_folders):

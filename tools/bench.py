@@ -29,6 +29,7 @@ import transformers
 from tqdm import tqdm
 
 import memory
+import slots
 from configurator import UserError, configure, run
 from eval import choose_device
 from model import load_model
@@ -50,6 +51,7 @@ class BenchConfig:
     lora_r: int = 8  # rank of the adapter; 0 trains all weights
     gradient_checkpointing: bool = False  # recompute activations in backward
     rollout_weights: memory.Rollout = "kept"  # sample by merged weights, kept or freed, or not
+    cuda_graph: bool = True  # capture decoding steps, on CUDA; False shows what that brings
     # Work
     prompts: int = 8  # prompts a step
     group: int = 8  # responses a prompt
@@ -109,6 +111,10 @@ def bench(cfg: BenchConfig) -> dict:
         if device.type != "cuda":
             raise UserError(f"memory_fraction={cfg.memory_fraction}: only CUDA can be capped")
         torch.cuda.set_per_process_memory_fraction(cfg.memory_fraction, device)
+    if not cfg.cuda_graph:
+        if device.type != "cuda":
+            raise UserError("cuda_graph=False: only CUDA has graphs to leave out")
+        slots.GRAPH_DEVICES = ()
     with weights(cfg, device, dtype) as name:
         step = Step(cfg, device, dtype, name)
         trl_model = load_model(name, cfg.quant, dtype, device) if cfg.peer == "trl" else None

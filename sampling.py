@@ -1,0 +1,76 @@
+"""Drawing tokens: a uniform number each, a function of row and position, inverted through the CDF."""
+
+import numpy as np
+import torch
+
+BLOCK = 128  # tokens of the vocabulary whose probabilities are first summed up
+
+
+def uniforms(noise: tuple[int, ...], prompt: int, sample: int, n: int) -> np.ndarray:
+    """The uniforms of one row, float64 [n]: entry j decides the token at response position j.
+
+    A function of (noise, prompt, sample) alone, and a longer row starts like a shorter one, so
+    neither batch, order nor budget changes a sample. In training: (TRAIN_NOISE, seed, step).
+    """
+    return np.random.default_rng((*noise, prompt, sample)).random(n)
+
+
+def sample(
+    logits: torch.Tensor,
+    uniform: torch.Tensor,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Next tokens int64 [n] and their log-probabilities float32 [n].
+
+    logits [n, V]; uniform float64 [n]. One uniform a token, inverted through the cumulative
+    distribution. temperature 0 is greedy (log-probabilities at temperature 1). top_p and top_k
+    (0 = off) are for eval and sample; the log-probability stays the unfiltered one.
+    """
+    z = logits.float()
+    if temperature not in (0, 1):
+        z = z / temperature
+    n, V = z.shape
+    size = BLOCK if V > 8 * BLOCK else V
+    blocks = -(-V // size)
+    # p = exp(z - max), not normalised, in whole blocks: what is over in the last one stays 0.
+    p = z.new_zeros(n, blocks * size) if V % size else torch.empty_like(z)
+    top, likeliest = z.max(-1, keepdim=True)  # [n, 1]
+    torch.sub(z, top, out=p[:, :V]).exp_()
+    mass = p.view(n, blocks, size).sum(-1).double()  # [n, blocks]
+    total = mass.sum(-1)  # [n]
+    if temperature == 0:
+        return likeliest[:, 0], -total.log().float()
+    if 0 < top_k < V or top_p < 1.0:
+        p = _likeliest(p, top_p, top_k)
+        mass = p.view(n, blocks, size).sum(-1).double()
+    # Invert in two steps, which block and which token in it: a cumulative sum of the vocabulary in
+    # fp64 costs as much as a model's forward, and fp32 would lose the tail. right=True finds the
+    # first whose cumulative mass exceeds u, never one of probability 0.
+    u = uniform[:, None]  # [n, 1]
+    block, inside = None, p
+    if blocks > 1:
+        cdf = mass.cumsum(-1)
+        u = u * cdf[:, -1:]
+        block = torch.searchsorted(cdf, u, right=True).clamp_max(blocks - 1)  # [n, 1]
+        mass = mass.gather(1, block)
+        u = ((u - cdf.gather(1, block) + mass) / mass).clamp(0, 1 - 2**-53)  # where in the block
+        inside = p.view(n, blocks, size)[torch.arange(n, device=p.device), block[:, 0]]
+    inside = inside.cumsum(-1, dtype=torch.float64)  # [n, size]
+    token = torch.searchsorted(inside, u * inside[:, -1:], right=True).clamp_max(size - 1)  # [n, 1]
+    if block is not None:
+        token = (token + block * size).clamp_max(V - 1)
+    return token[:, 0], ((z.gather(1, token) - top)[:, 0].double() - total.log()).float()
+
+
+def _likeliest(p: torch.Tensor, top_p: float, top_k: int) -> torch.Tensor:
+    """p [n, V], not normalised, with 0 for all but the likeliest tokens."""
+    if 0 < top_k < p.shape[-1]:
+        p = p.masked_fill(p < p.topk(top_k).values[:, -1:], 0.0)
+    if top_p < 1.0:
+        ordered, order = p.sort(-1, descending=True)
+        before = ordered.cumsum(-1) - ordered  # mass of the likelier tokens
+        ordered = ordered.masked_fill(before >= top_p * ordered.sum(-1, keepdim=True), 0.0)
+        p = torch.zeros_like(p).scatter(-1, order, ordered)
+    return p

@@ -1,0 +1,163 @@
+"""Slots: rows that are decoded side by side, a token each in a step, and the step as a CUDA graph.
+
+On the GPU a step of a small model spends most of its time in Python, launching kernels. So there
+the step is captured once as a CUDA graph and then replayed. A graph holds addresses, not values: so
+long as nothing is replaced, it stays valid while weights (lora.merged), cache and rows change.
+"""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from kvcache import KVCache, Prompt, StaticCache
+from model import backbone, head
+from sampling import sample
+
+GRAPH_DEVICES = ("cuda",)  # where a step is captured
+SHRINK = 0.9  # ended rows leave when fewer than this share of the slots is alive
+
+
+class Rows:
+    """What is known of each of B rows, and what comes of them; a step writes n of them at once."""
+
+    def __init__(self, B: int, max_new: int, end_ids: list[int], settings: tuple, device):
+        """settings: temperature, top_p, top_k of sampling.sample."""
+        new = lambda *shape, dtype: torch.zeros(*shape, dtype=dtype, device=device)  # noqa: E731
+        self.settings = settings
+        self.ends = torch.tensor(end_ids, device=device)
+        self.uniform = new(B, max_new, dtype=torch.float64)
+        self.budget, self.lens, self.length = (new(B, dtype=torch.int64) for _ in range(3))
+        self.finished = new(B, dtype=torch.bool)
+        # One more column, to which rows write that have ended but still stand in a slot.
+        self.response = new(B, max_new + 1, dtype=torch.int64)
+        self.logp = new(B, max_new + 1, dtype=torch.float32)
+
+    def begin(self, uniform: torch.Tensor, budget: torch.Tensor, lens: torch.Tensor) -> None:
+        """B rows anew: uniforms [B, max_new], tokens to be at most written [B], of prompts [B]."""
+        for mine, given in ((self.uniform, uniform), (self.budget, budget), (self.lens, lens)):
+            mine.copy_(given)
+        for mine in (self.length, self.finished, self.logp):
+            mine.zero_()
+
+    def step(self, row: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sample a token for each of these rows: tokens [n] and which rows are over, bool [n]."""
+        spare = self.uniform.shape[1]
+        j = self.length[row]  # [n] response position
+        over = self.finished[row] | (j >= self.budget[row])
+        token, logp = sample(logits, self.uniform[row, j.clamp_max(spare - 1)], *self.settings)
+        column = torch.where(over, spare, j)
+        self.response[row, column], self.logp[row, column] = token, logp
+        self.length[row] = j + ~over
+        self.finished[row] |= ~over & (token[:, None] == self.ends).any(1)
+        return token, self.finished[row] | (self.length[row] >= self.budget[row])
+
+
+class Slots:
+    """n slots: the row in each, its last token, its part of the cache.
+
+    static: no tensor is ever replaced and each step is one of few shapes (StaticCache), so that
+    steps can be captured where the device has graphs. Else slots that nobody needs are dropped at
+    once and the cache is as small as can be (KVCache), which suits the CPU.
+    """
+
+    def __init__(self, model: nn.Module, rows: Rows, slots: int, longest: int, static: bool):
+        """longest: tokens of the longest prompt that will ever be placed."""
+        self.model, self.rows, self.slots, self.longest = model, rows, slots, longest
+        self.static = static
+        device = rows.length.device
+        self.captures = static and device.type in GRAPH_DEVICES
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        self.row, self.token = (torch.zeros(slots, dtype=torch.int64, device=device) for _ in "12")
+        self.over = torch.ones(slots, dtype=torch.bool, device=device)
+        self.cache: KVCache | StaticCache | None = None
+        self.n = slots  # slots in use
+
+    def begin(self) -> None:
+        """As if new, for rows anew; only where static."""
+        self.n = self.slots
+        self.over.fill_(True)
+        self.cache.clear()
+
+    def place(self, group: list[int], rows: list[int], prompt: Prompt) -> None:
+        """Rows of one prompt move into slots and get their first token."""
+        if self.cache is None:
+            max_new = self.rows.uniform.shape[1]
+            kind = StaticCache if self.static else KVCache
+            self.cache = kind(self.slots, self.longest, max_new, prompt)
+        self.cache.place(group, prompt)
+        row = torch.tensor(rows, device=self.row.device)
+        self.row[group] = row
+        logits = prompt.logits.expand(len(group), -1)
+        self.token[group], self.over[group] = self.rows.step(row, logits)
+
+    def shrink(self, ended: list[bool], waiting: bool) -> list[int]:
+        """Let ended rows go, given over[:n] as a list; the slots that are free for waiting rows."""
+        alive = [slot for slot, one in enumerate(ended) if not one]
+        if len(alive) >= SHRINK * len(ended):
+            return []
+        free = [slot for slot, one in enumerate(ended) if one]
+        self.cache.release(free)
+        if waiting:
+            return free
+        n = len(alive)
+        if self.static:  # one of few numbers, since each has graphs of its own
+            n = self.n
+            while -(-n // 2) >= len(alive) and n > 1:
+                n = -(-n // 2)
+        if n < self.n:
+            keep = sorted(alive + free[: n - len(alive)])
+            self.cache.keep(keep)
+            for mine in (self.row, self.token, self.over):
+                mine[:n] = mine[keep]
+            self.n = n
+        return []
+
+    def step(self) -> None:
+        """A token for every slot in use."""
+        self.cache.make_room()
+        key = (self.n, self.cache.shape)
+        if key in self.graphs:
+            self.graphs[key].replay()
+        else:
+            self._step()
+            if self.captures:
+                self._capture(key)
+        self.cache.advance()
+
+    def _step(self) -> None:
+        row = self.row[: self.n]
+        position = self.rows.lens[row] + self.rows.length[row] - 1  # [n], of the last token
+        hidden = backbone(self.model)(
+            self.token[: self.n, None],
+            attention_mask=self.cache.open(position),
+            position_ids=position[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state  # [n, 1, H]
+        token, over = self.rows.step(row, head(self.model)(hidden[:, 0]))
+        self.token[: self.n], self.over[: self.n] = token, over
+
+    def _capture(self, key: tuple) -> None:
+        """Keep this step's kernels, which have just run and so are warm, for the next ones."""
+        # One memory pool for all: what a graph computes on the way is of no use to another.
+        pool = next((graph.pool() for graph in self.graphs.values()), None)
+        try:
+            self.graphs[key] = capture(self._step, pool)
+        except RuntimeError as error:
+            self.captures = False
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            warnings.warn(f"decoding goes on without CUDA graphs: {reason}", stacklevel=2)
+
+
+def capture(step: Callable[[], None], pool: tuple | None = None) -> torch.cuda.CUDAGraph:
+    """A step as a CUDA graph: replay() launches all its kernels at once, on the same memory.
+
+    Nothing runs now. The step must read and write tensors alone, whose addresses stay. pool: memory
+    for what it computes on the way, that of another graph.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        step()
+    return graph
