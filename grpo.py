@@ -1,30 +1,57 @@
-"""GRPO as pure functions on tensors: advantages, policy loss with its clip arms, KL.
+"""The algorithm as pure functions on tensors: advantages, policy losses and their clips, KL.
 
-Shapes: B responses in groups of equal size, R the longest response of the rows at hand. Nothing
-here knows a model, so that a claim about the algorithm can be tested on a table of logits.
+Shapes: B responses in groups of equal size; b of them in a micro-batch, R the longest of these.
+Nothing here knows a model, so that a claim about the algorithm can be tested on a table of logits.
+
+What the arms share. With the token ratio R_t = pi(y_t) / pi_old(y_t) and a response's advantage A,
+a loss is minus the aggregate over tokens of min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A):
+
+    grpo      rho_t = R_t                       PPO, arXiv 1707.06347; GRPO, 2402.03300
+    gspo      rho = exp(mean_t log R_t)         one a response: arXiv 2507.18071
+    hoelder   rho = (mean_t R_t^p)^(1/p)        one a response: arXiv 2605.12058; p = 0 is gspo
+    cispo     sg(min(R_t, cispo_cap)) A logp_t  in the min's place: MiniMax-M1, arXiv 2506.13585
+
+At the first update of a step every ratio is 1, and all have the same gradient.
 """
 
+import math
 from typing import Literal
 
 import torch
 
+Loss = Literal["grpo", "gspo", "cispo", "hoelder"]
 Clip = Literal["both", "high", "low", "off"]
-LossAgg = Literal["token_mean", "seq_mean"]
-AdvNorm = Literal["group", "group_mean"]
+LossAgg = Literal["token_mean", "seq_mean", "constant"]
+AdvNorm = Literal["group", "group_mean", "leave_one_out", "raw"]
 KLType = Literal["k1", "k2", "k3"]
+
+# Bins of the old probability, equal in width, so that one edge is 10/12 = .833 = 1 / (1 + .2): a
+# token above it cannot be clipped from above by clip_high = .2.
+BINS = 12
+
+
+# -------------------------------------------------------------------------------------- advantages
 
 
 def advantages(rewards: torch.Tensor, group_size: int, norm: AdvNorm = "group") -> torch.Tensor:
-    """Group-relative advantages, float32 [B], from rewards float32 [B].
+    """Advantages float32 [B] of rewards float32 [B]; groups are consecutive rows.
 
-    Groups are consecutive rows. "group": (r - mean) / (std + 1e-9), std unbiased (GRPO, arXiv
-    2402.03300); "group_mean": r - mean (Dr. GRPO, arXiv 2503.20783). A group whose rewards are all
-    equal has advantage exactly 0: by the formula, rounding of its mean would be divided by 1e-9.
+    group          (r - mean) / (std + 1e-9), std unbiased: GRPO, arXiv 2402.03300
+    group_mean     r - mean: Dr. GRPO, arXiv 2503.20783
+    leave_one_out  r - mean of the others = G / (G - 1) (r - mean): RLOO, arXiv 2402.14740
+    raw            r, no baseline at all
+
+    But for raw, a group whose rewards are all equal has advantage exactly 0: by the formula,
+    rounding of its mean would be divided by 1e-9.
     """
+    if norm == "raw":
+        return rewards.float()
     groups = rewards.double().view(-1, group_size)  # [P, G]
     centred = groups - groups.mean(1, keepdim=True)
     if norm == "group" and group_size > 1:
         centred = centred / (groups.std(1, keepdim=True) + 1e-9)
+    if norm == "leave_one_out" and group_size > 1:
+        centred = centred * group_size / (group_size - 1)
     flat = flat_groups(rewards, group_size)
     return centred.masked_fill(flat[:, None], 0.0).view(-1).float()
 
@@ -35,6 +62,26 @@ def flat_groups(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
     return groups.amax(1) == groups.amin(1)
 
 
+def whiten(advantage: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """(A - mean) / std over all tokens of the batch, float32 [B], as "Spurious Rewards" runs it.
+
+    advantage [B]; tokens int [B], each response's tokens in the loss, by which it is weighted. The
+    variance is OpenRLHF's: biased, at least 1e-8 (verl and TRL take the unbiased one, which differs
+    by 1 in the number of tokens). Equal advantages throughout stay, or become, exactly 0. With
+    responses of several lengths the mean is not 0, and flat groups get an advantage, too.
+    """
+    counted = advantage[tokens > 0]
+    if not len(counted) or counted.amax() == counted.amin():
+        return torch.zeros_like(advantage)
+    a, weight = advantage.double(), tokens.double() / tokens.sum()
+    mean = (a * weight).sum()
+    variance = ((a - mean) ** 2 * weight).sum()
+    return ((a - mean) / variance.clamp_min(1e-8).sqrt()).float()
+
+
+# ------------------------------------------------------------------------------------- aggregation
+
+
 def aggregate(
     values: torch.Tensor, mask: torch.Tensor, loss_agg: LossAgg, normalizer: float
 ) -> torch.Tensor:
@@ -42,7 +89,9 @@ def aggregate(
 
     token_mean (DAPO, arXiv 2503.14476): the sum over tokens / normalizer, the mini-batch's tokens.
     seq_mean (GRPO): the sum of the responses' means / normalizer, the mini-batch's responses.
-    The normalizer is the whole mini-batch's, so the gradient does not depend on micro-batches.
+    constant (Dr. GRPO, arXiv 2503.20783): the sum over tokens / normalizer, responses x
+    max_new_tokens. The normalizer is the whole mini-batch's, so the gradient does not depend on
+    micro-batches.
     """
     values = values.masked_fill(~mask, 0.0)
     if loss_agg == "seq_mean":
@@ -50,11 +99,22 @@ def aggregate(
     return values.sum() / normalizer
 
 
-def normalizer(mask_or_length: torch.Tensor, loss_agg: LossAgg) -> float:
-    """What a mini-batch's loss is divided by, from its tokens in the loss per response, int [b]."""
+def normalizer(
+    mask_or_length: torch.Tensor, loss_agg: LossAgg, max_new_tokens: int | None = None
+) -> float:
+    """What a mini-batch's loss is divided by, from its tokens in the loss per response, int [b].
+
+    seq_mean counts the responses that have any, constant all of them; only constant reads
+    max_new_tokens.
+    """
     tokens = mask_or_length.sum(1) if mask_or_length.dim() == 2 else mask_or_length
+    if loss_agg == "constant":
+        return float(len(tokens) * max_new_tokens)
     n = tokens.sum() if loss_agg == "token_mean" else (tokens > 0).sum()
     return max(float(n), 1.0)
+
+
+# ------------------------------------------------------------------------------------------ losses
 
 
 def policy_loss(
@@ -67,41 +127,118 @@ def policy_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     loss_agg: LossAgg = "token_mean",
+    loss: Loss = "grpo",
+    cispo_cap: float = 5.0,
+    hoelder_p: float = 2.0,
+    alignment: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """GRPO's clipped surrogate and what the clip did.
+    """A clipped surrogate (see the top of this file) and what the clip did.
 
     logp (with gradient), old_logp [b, R]; advantage [b]; mask bool [b, R], the tokens in the loss;
-    normalizer: see aggregate. With R = exp(logp - old_logp) (PPO, arXiv 1707.06347),
+    normalizer: see aggregate. Of clip, `high` clips from above only, `low` from below only, `off`
+    not at all; cispo has its cap, an absolute ratio, instead. A sequence ratio stands at each of
+    its response's tokens, and loss_agg then does as with token ratios.
 
-        loss = -min(R A, clip(R, 1 - clip_low, 1 + clip_high) A)
-
-    where `high` clips from above only, `low` from below only, and `off` leaves -R A. The clip
-    removes a token's gradient where R > 1 + clip_high and A > 0, or R < 1 - clip_low and A < 0.
-
-    Returns the scalar loss and, over tokens, clip_low and clip_high (how many lost their gradient
-    to the clip), ratio (sum), ratio_max, tokens (how many).
+    Returns the scalar loss and, summed over tokens: tokens, ratio, clip_low and clip_high (how many
+    were clipped: see clipped), prob_bins, clip_low_bins and clip_high_bins (int [BINS], the same by
+    old probability); ratio_max; and given alignment [b, R] (model.token_stats), clip_pull_low and
+    clip_pull_high (see clip_pull).
     """
     # Masked before exp: a padding column may hold anything, and inf * 0 is nan.
     log_ratio = (logp - old_logp).masked_fill(~mask, 0.0)
-    ratio = log_ratio.exp()  # [b, R]
+    if loss in ("gspo", "hoelder"):
+        ratio, share = sequence_ratio(log_ratio, mask, hoelder_p if loss == "hoelder" else 0.0)
+    else:
+        ratio, share = log_ratio.exp(), torch.ones_like(log_ratio)  # [b, R]
     A = advantage[:, None]  # [b, 1]
-    low = 1 - clip_low if clip in ("both", "low") else None
-    high = 1 + clip_high if clip in ("both", "high") else None
-    surrogate = ratio * A
-    if low is not None or high is not None:
-        surrogate = torch.minimum(surrogate, ratio.clamp(low, high) * A)
-    loss = aggregate(-surrogate, mask, loss_agg, normalizer)
+    low = 1 - clip_low if clip in ("both", "low") else 0.0
+    high = 1 + clip_high if clip in ("both", "high") else math.inf
+    if loss == "cispo":
+        low, high = 0.0, cispo_cap
+        surrogate = ratio.detach().clamp(low, high) * A * logp.masked_fill(~mask, 0.0)
+    else:
+        surrogate = torch.minimum(ratio * A, ratio.clamp(low, high) * A)
 
     with torch.no_grad():
-        none = torch.zeros_like(mask)
+        above, below = clipped(ratio, A, mask, low, high, loss)
         stats = {
-            "clip_low": (mask & (ratio < low) & (A < 0) if low is not None else none).sum(),
-            "clip_high": (mask & (ratio > high) & (A > 0) if high is not None else none).sum(),
-            "ratio": ratio.masked_fill(~mask, 0.0).sum(),
-            "ratio_max": ratio.max(),  # masked columns hold exactly 1
             "tokens": mask.sum(),
+            "ratio": ratio.masked_fill(~mask, 0.0).sum(),
+            "ratio_max": ratio.max(),  # masked columns hold a ratio of their row, or exactly 1
+            "clip_low": below.sum(),
+            "clip_high": above.sum(),
+            "prob_bins": bins(old_logp, mask),
+            "clip_low_bins": bins(old_logp, below),
+            "clip_high_bins": bins(old_logp, above),
         }
-    return loss, stats
+        if alignment is not None:
+            kept = cispo_cap if loss == "cispo" else 0.0
+            removed = (ratio - kept) * share * A  # [b, R], read at clipped tokens only
+            stats["clip_pull_low"] = clip_pull(removed, alignment, below)
+            stats["clip_pull_high"] = clip_pull(removed, alignment, above)
+    return aggregate(-surrogate, mask, loss_agg, normalizer), stats
+
+
+def sequence_ratio(
+    log_ratio: torch.Tensor, mask: torch.Tensor, p: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The power mean of a response's n token ratios, at each of its columns: [b, R] twice.
+
+    rho = (mean_t R_t^p)^(1/p), as exp((logsumexp_t(p log R_t) - log n) / p); its limit at p = 0 is
+    the geometric mean. In float64: near 0 the difference is divided by a small p. A row without
+    tokens has rho = 1. The second is each token's share in it, n softmax_t(p log R_t), without
+    gradient: the n columns' sum n rho has the gradient rho share_t on logp_t.
+    """
+    inside = mask | ~mask.any(1, keepdim=True)  # [b, R]; log_ratio is 0 in an empty row
+    n = inside.sum(1, keepdim=True).double()  # [b, 1]
+    x = log_ratio.double()
+    scaled = (p * x).masked_fill(~inside, -math.inf)
+    if abs(p) < 1e-6:
+        log_rho = x.sum(1, keepdim=True) / n  # masked columns are 0
+    else:
+        log_rho = (scaled.logsumexp(1, keepdim=True) - n.log()) / p
+    ratio = log_rho.exp().to(log_ratio.dtype).expand_as(log_ratio)
+    return ratio, (n * scaled.detach().softmax(1)).to(log_ratio.dtype)
+
+
+# ------------------------------------------------------------------------------- what the clip does
+
+
+def clipped(
+    ratio: torch.Tensor, A: torch.Tensor, mask: torch.Tensor, low: float, high: float, loss: Loss
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tokens are clipped from above, and which from below: bool [b, R] each.
+
+    ratio [b, R], A [b, 1]. These lose their gradient: ratio > high and A > 0, or ratio < low and
+    A < 0; all tokens of a response together where the ratio is the response's. CISPO's are those
+    beyond the cap, whatever the sign of A: their gradient is scaled down, and none is lost.
+    """
+    above, below = mask & (ratio > high), mask & (ratio < low)
+    return (above, below) if loss == "cispo" else (above & (A > 0), below & (A < 0))
+
+
+def clip_pull(removed: torch.Tensor, alignment: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """How far the clip of the chosen tokens pushed towards the likeliest token: a sum over them.
+
+    removed [b, R]: the factor of grad logp_t, for ascent, that the clip took away: R A for a token
+    ratio, rho share A for a sequence ratio, (R - cap) A for CISPO. On the logits z it removed
+    removed_t (e_y - pi), and log pi(top), top the likeliest token there, rises along e_top - pi. So
+
+        pull = -removed_t <e_y - pi, e_top - pi>
+
+    is what the clip adds to the ascent on log pi(top), as alignment [b, R] is that inner product.
+    Positive: the clip helped the likeliest token.
+    """
+    return (-removed * alignment)[chosen].sum()
+
+
+def bins(old_logp: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """The chosen tokens counted by their old probability, in BINS equal bins: int64 [BINS]."""
+    index = (old_logp[chosen].exp() * BINS).long().clamp(0, BINS - 1)
+    return torch.bincount(index, minlength=BINS)
+
+
+# ---------------------------------------------------------------------------------------------- KL
 
 
 def kl(logp: torch.Tensor, ref_logp: torch.Tensor, kind: KLType = "k3") -> torch.Tensor:

@@ -16,7 +16,8 @@ from expressions import Reward
 def describe(r: Rollouts, reward: torch.Tensor, watched: list[Reward]) -> dict:
     """The step's metrics that the rollouts alone decide, before any update.
 
-    reward float32 [B] is the trained one. For it and, under its own name, for each watched reward
+    reward float32 [B] is the trained one. What the base policy alone can say is None where it was
+    not asked. For it and, under its own name, for each watched reward
     whose inputs are there: mean, group std (unbiased, mean over groups), share of flat groups, and
     AUROC against correctness (None where all or none are right).
     """
@@ -38,16 +39,42 @@ def describe(r: Rollouts, reward: torch.Tensor, watched: list[Reward]) -> dict:
         "length_wrong": None if correct.all() else length[~correct].mean().item(),
         "truncated": 1 - r.finished.float().mean().item(),
         "entropy": r.entropy.sum().item() / tokens,
+        "token_prob": r.old_logp[r.mask].exp().mean().item(),
         "kl": None if r.ref_logp is None
         else grpo.kl(r.old_logp, r.ref_logp)[r.mask].mean().item(),
         "sampler_gap": gap.sum().item() / tokens,
         "sampler_gap_max": gap.max().item(),
     }  # fmt: skip
     for one in watched:
-        if not one.missing(r):
+        if one.missing(r) == ["base_self_certainty"]:  # a step the base did not score: base_every
+            metrics |= dict.fromkeys(f"{one}/{name}" for name in ("mean", "std", "flat", "auroc"))
+        elif not one.missing(r):
             summary = summarize_reward(one(r), correct, r.group_size)
             metrics |= {f"{one}/{name}": value for name, value in summary.items()}
     return metrics | {"grader_timeouts": grade.grader().timeouts}
+
+
+def describe_clip(stats: list[dict[str, torch.Tensor]]) -> dict:
+    """What grpo.policy_loss returned over a step's micro-batches, as means over its tokens.
+
+    The three *_bins are lists by old probability, 0 to 1: the share of the tokens in each bin, and
+    of each bin's own tokens those clipped (None where it has none).
+    """
+    total = {key: torch.stack([s[key].double() for s in stats]) for key in stats[0]}
+    largest = total.pop("ratio_max").max().item()
+    sums = {key: value.sum(0).tolist() for key, value in total.items()}
+    n, per_bin = max(sums["tokens"], 1.0), sums["prob_bins"]
+    return {
+        "clip_frac_low": sums["clip_low"] / n,
+        "clip_frac_high": sums["clip_high"] / n,
+        "clip_pull_low": sums.get("clip_pull_low", 0.0) / n,
+        "clip_pull_high": sums.get("clip_pull_high", 0.0) / n,
+        "prob_bins": [count / n for count in per_bin],
+        **{key: [k / m if m else None for k, m in zip(sums[key], per_bin, strict=True)]
+           for key in ("clip_low_bins", "clip_high_bins")},
+        "ratio_mean": sums["ratio"] / n,
+        "ratio_max": largest,
+    }  # fmt: skip
 
 
 def summarize_reward(value: torch.Tensor, correct: torch.Tensor, group_size: int) -> dict:
@@ -90,8 +117,9 @@ def summary_table(history: list[dict], folder: Path) -> None:
     keys += "clip_frac_high kl"
     columns += [(key, steps) for key in keys.split()]
     for key, rows in columns:
-        if rows and rows[0].get(key) is not None and rows[-1].get(key) is not None:
-            print(f"{key:<24}{rows[0][key]:>10.4f}{rows[-1][key]:>10.4f}")
+        values = [m[key] for m in rows if m.get(key) is not None]
+        if values:
+            print(f"{key:<24}{values[0]:>10.4f}{values[-1]:>10.4f}")
     seconds = sum(m["seconds"] for m in steps)
     print(f"{len(steps)} steps, {seconds / 60:.1f} min; run folder {folder}")
     print(f"look at it: python -m tools.plot {folder}   python sample.py --run={folder}")

@@ -168,13 +168,14 @@ def checkpoint_activations(model: nn.Module) -> None:
 class TokenStats:
     """Per response token, float32 [B, R], 0 beyond each response's length.
 
-    logp: log-probability of the token; entropy: H(p), nats; self_certainty: KL(U || p), nats.
-    The last two are None unless asked for.
+    logp: log-probability of the token; entropy: H(p), nats; self_certainty: KL(U || p), nats;
+    alignment: see token_stats. All but logp are None unless asked for.
     """
 
     logp: torch.Tensor
     entropy: torch.Tensor | None = None
     self_certainty: torch.Tensor | None = None
+    alignment: torch.Tensor | None = None
 
 
 def token_stats(
@@ -194,9 +195,11 @@ def token_stats(
 
         entropy        H(p)       = -sum_v p_v log p_v       with log p = z - logsumexp(z)
         self_certainty KL(U || p) = logsumexp(z) - mean_v z_v - log V    (arXiv 2505.19590, eq. 2)
+        alignment      <e_y - p, e_top - p> = [y = top] - p_top - p_y + sum_v p_v^2
 
-    also: which of these two to compute beside logp; () in the update. logp is the same to the bit
-    either way, and with or without gradients: so the first ratio of a step is exactly 1. chunk:
+    alignment, with top the likeliest token, says how a step up grad_z log p_y moves log p_top
+    (grpo.clip_pull). also: which of these to compute beside logp. logp is the same to the bit
+    whatever it is, and with or without gradients: so the first ratio of a step is exactly 1. chunk:
     tokens whose logits are held at once, forward and backward; by default LOGITS_CHUNK / V.
     """
     T = int((prompt_len + length).max())
@@ -232,17 +235,22 @@ def token_stats(
 
 def _chunk_stats(
     output: nn.Module, h: torch.Tensor, y: torch.Tensor, temperature: float, also: tuple[str, ...]
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+) -> tuple[torch.Tensor | None, ...]:
+    """TokenStats' fields for n tokens, [n] each, from hidden states h [n, H]."""
     z = output(h).float()  # [n, V]
     if temperature != 1.0:
         z = z / temperature
     lse = z.logsumexp(-1)  # [n]
     logp = z.gather(-1, y[:, None])[:, 0] - lse
-    entropy = certainty = None
-    with torch.no_grad():
+    entropy = certainty = alignment = None
+    with torch.no_grad():  # behind logp, so that backward's second forward stops before it
         if "entropy" in also:
             log_p = z - lse[:, None]
             entropy = -(log_p.exp() * log_p).sum(-1)  # lse - sum p z would cancel where H is small
         if "self_certainty" in also:
             certainty = lse - z.mean(-1) - math.log(z.shape[-1])
-    return logp, entropy, certainty
+        if "alignment" in also:
+            p = (z - lse[:, None]).exp_()  # [n, V]
+            likeliest, top = p.max(-1)
+            alignment = (y == top).float() - likeliest - logp.exp() + p.square_().sum(-1)
+    return logp, entropy, certainty, alignment

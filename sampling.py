@@ -1,4 +1,4 @@
-"""Drawing tokens: a uniform number each, a function of row and position, inverted through the CDF."""
+"""Drawing tokens: one uniform number each, a function of row and position, inverted by the CDF."""
 
 import numpy as np
 import torch

@@ -11,7 +11,7 @@ import rewards
 import tiny
 from checkpoint import read_config
 from configurator import UserError
-from grpo import AdvNorm, Clip, KLType, LossAgg
+from grpo import AdvNorm, Clip, KLType, Loss, LossAgg
 from lora import RolloutWeights
 
 
@@ -43,11 +43,16 @@ class Config:
     updates_per_step: int = 8  # optimiser updates a step, on disjoint shuffled mini-batches
     temperature: float = 1.0  # of sampling and of scoring alike
     # Loss
-    adv_norm: AdvNorm = "group"  # group: (r - mean) / std; group_mean: r - mean (Dr. GRPO)
+    adv_norm: AdvNorm = "group"  # (r - mean) / std; group_mean, leave_one_out: no std; raw: r
+    whiten: bool = False  # then to mean 0, std 1 over all tokens, as "Spurious Rewards" is released
+    loss: Loss = "grpo"  # ratio of a token (grpo, cispo) or of a response (gspo, hoelder): grpo.py
+    cispo_cap: float = 5.0  # cispo: ratios are capped here, instead of clipped; above 1
+    hoelder_p: float = 2.0  # hoelder: exponent of the mean of ratios at the run's first update
+    hoelder_p_end: float = -2.0  # and at its last, linear in between; 0 is gspo's mean
     clip: Clip = "both"  # which side of the ratio is clipped: both, high, low, off
     clip_low: float = 0.2  # ratios below 1 - clip_low are clipped
     clip_high: float = 0.2  # ratios above 1 + clip_high are clipped
-    loss_agg: LossAgg = "token_mean"  # token_mean (DAPO) or seq_mean (GRPO), over the mini-batch
+    loss_agg: LossAgg = "token_mean"  # DAPO; seq_mean: GRPO; constant: by max_new_tokens, Dr. GRPO
     kl_coef: float = 0.0  # weight of the KL to the base model in the loss
     kl_type: KLType = "k3"  # its estimator: k1, k2, k3 (grpo.kl says what each one's gradient is)
     # Optimiser: AdamW
@@ -70,6 +75,7 @@ class Config:
     eval_k: int = 1  # samples a problem (avg@k)
     eval_temperature: float = 0.0  # 0 = greedy
     log_samples: int = 4  # responses a step in samples.jsonl
+    base_every: int = 1  # steps between scorings by the base model where only the log asks for it
     save_every: int = 25  # steps between checkpoints; the last step has one; 0 = only that
     seed: int = 0  # of data order, sampling, partition, adapter and random rewards
     out_dir: str = ""  # run folder; "" = out/EXPERIMENT-SCALE-seedSEED
@@ -108,7 +114,8 @@ def _within_reach(model: str) -> bool:
 def check(cfg: Config) -> list[str]:
     """Refuse settings that cannot work (UserError); return a warning for each that cannot act."""
     whole = ("steps", "prompts_per_step", "group_size", "updates_per_step", "max_prompt_tokens",
-             "max_new_tokens", "micro_batch_tokens", "rollout_rows", "eval_k")  # fmt: skip
+             "max_new_tokens", "micro_batch_tokens", "rollout_rows", "eval_k",
+             "base_every")  # fmt: skip
     for key in whole:
         if getattr(cfg, key) < 1:
             raise UserError(f"{key}={getattr(cfg, key)}: must be at least 1")
@@ -120,6 +127,10 @@ def check(cfg: Config) -> list[str]:
             raise UserError(f"{key}={getattr(cfg, key)}: must not be negative")
     if cfg.temperature <= 0 or cfg.max_grad_norm <= 0 or cfg.warmup > 1:
         raise UserError("temperature and max_grad_norm must be above 0, warmup a share up to 1")
+    if cfg.cispo_cap <= 1:
+        raise UserError(f"cispo_cap={cfg.cispo_cap}: an absolute ratio, must be above 1")
+    if cfg.adv_norm == "leave_one_out" and cfg.group_size == 1:
+        raise UserError("adv_norm=leave_one_out with group_size=1: there are no others: raise it")
     B = cfg.prompts_per_step * cfg.group_size
     if B < cfg.updates_per_step:
         raise UserError(f"updates_per_step={cfg.updates_per_step}: a step has only {B} responses")
@@ -127,14 +138,9 @@ def check(cfg: Config) -> list[str]:
         raise UserError("lora_r=0 trains all weights, which 4-bit ones cannot: add --quant=none")
 
     warnings = []
-    if cfg.group_size == 1:
+    if cfg.group_size == 1 and cfg.adv_norm != "raw":
         warnings.append("group_size=1: every advantage is 0, so the reward teaches nothing")
-    if cfg.clip != "off" and cfg.updates_per_step == 1:
-        warnings.append(f"clip={cfg.clip} cannot act: with updates_per_step=1 every ratio is 1")
-    if cfg.clip in ("off", "high") and cfg.clip_low != Config.clip_low:
-        warnings.append(f"clip_low={cfg.clip_low} cannot act with clip={cfg.clip}")
-    if cfg.clip in ("off", "low") and cfg.clip_high != Config.clip_high:
-        warnings.append(f"clip_high={cfg.clip_high} cannot act with clip={cfg.clip}")
+    warnings += _idle_losses(cfg)
     if cfg.kl_coef == 0 and cfg.kl_type != Config.kl_type:
         warnings.append(f"kl_type={cfg.kl_type} cannot act with kl_coef=0")
     if cfg.eval_k > 1 and cfg.eval_temperature == 0:
@@ -142,7 +148,7 @@ def check(cfg: Config) -> list[str]:
             f"eval_k={cfg.eval_k} cannot act: greedy samples (eval_temperature=0) agree"
         )
     reward = rewards.parse(cfg.reward)
-    if set(reward.names) == {"constant"}:
+    if set(reward.names) == {"constant"} and cfg.adv_norm != "raw":
         warnings.append(f"reward={cfg.reward}: the same for all, no weight moves (a null test)")
     if cfg.verifier != Config.verifier and "cross_model" not in reward.names:
         if not tiny.is_tiny(cfg.verifier):  # which the tiny scale files set
@@ -151,9 +157,64 @@ def check(cfg: Config) -> list[str]:
         warnings.append(
             f"rollout_weights={cfg.rollout_weights} cannot act: lora_r=0 leaves nothing to merge"
         )
+    if cfg.base_every != 1 and needs_base(cfg):
+        warnings.append(f"base_every={cfg.base_every} cannot act: loss or reward need every step's")
+    elif cfg.base_every != 1 and cfg.lora_r == 0:
+        warnings.append(f"base_every={cfg.base_every} cannot act: lora_r=0 keeps no base model")
     if cfg.lr == 0:
         warnings.append("lr=0: nothing is learned (a null test)")
     return warnings
+
+
+def _idle_losses(cfg: Config) -> list[str]:
+    """A warning for each knob of the loss that cannot act."""
+    idle = {}  # knobs off their default, and why they cannot act
+    if cfg.loss != "cispo":
+        idle |= {"cispo_cap": f"with loss={cfg.loss}"}
+    if cfg.loss != "hoelder":
+        idle |= dict.fromkeys(("hoelder_p", "hoelder_p_end"), f"with loss={cfg.loss}")
+    if cfg.loss == "cispo":
+        clips = ("clip", "clip_low", "clip_high")
+        idle |= dict.fromkeys(clips, "with loss=cispo, which has cispo_cap instead")
+    elif cfg.clip != "both":
+        sides = {"high": ["clip_low"], "low": ["clip_high"], "off": ["clip_low", "clip_high"]}
+        idle |= dict.fromkeys(sides[cfg.clip], f"with clip={cfg.clip}")
+    if cfg.clip_low >= 1:
+        idle.setdefault("clip_low", "as no ratio is below 0")
+    warnings = [f"{key}={getattr(cfg, key)} cannot act {why}" for key, why in idle.items()
+                if getattr(cfg, key) != getattr(Config, key)]  # fmt: skip
+    if cfg.updates_per_step == 1 and cfg.loss != "grpo":
+        same = "every ratio is 1, and the gradient is grpo's at the same loss_agg"
+        warnings.append(f"loss={cfg.loss} cannot act: with updates_per_step=1 {same}")
+    elif cfg.updates_per_step == 1 and cfg.clip != "off":
+        warnings.append(f"clip={cfg.clip} cannot act: with updates_per_step=1 every ratio is 1")
+    return warnings
+
+
+def can_clip(cfg: Config) -> bool:
+    """Whether these settings can clip (CISPO: cap) any token."""
+    return cfg.updates_per_step > 1 and (cfg.loss == "cispo" or cfg.clip != "off")
+
+
+def needs_base(cfg: Config) -> bool:
+    """Whether every step needs the base policy's statistics, beyond the log."""
+    return cfg.kl_coef > 0 or "base_self_certainty" in rewards.parse(cfg.reward).needs
+
+
+def early_warning(cfg: Config, steps: list[dict]) -> str:
+    """A line, once, on what does not work by the metrics of all steps of this process; else ""."""
+    flat = [m["flat_groups"] == 1 for m in steps]
+    if len(steps) == 5 and all(flat) and cfg.adv_norm != "raw":
+        return (f"reward={cfg.reward} gave each group one value for five steps: "
+                "while that lasts nothing is learned")  # fmt: skip
+    clipped = any(m["clip_frac_low"] + m["clip_frac_high"] > 0 for m in steps)
+    if len(steps) == 10 and can_clip(cfg) and cfg.lr > 0 and not clipped and not all(flat):
+        if cfg.loss == "cispo":
+            return "no ratio reached cispo_cap in 10 steps, so it is not being tested: raise lr"
+        lower = {"both": "clip_low and clip_high", "low": "clip_low", "high": "clip_high"}[cfg.clip]
+        return (f"nothing was clipped in 10 steps, so clip={cfg.clip} is not being tested: "
+                f"raise lr or lower {lower}")  # fmt: skip
+    return ""
 
 
 def keep_settled(cfg: Config) -> Config:
@@ -177,3 +238,11 @@ def learning_rate(cfg: Config, update_index: int) -> float:
     done = (update_index - warm) / max(total - warm, 1)  # in [0, 1)
     shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
     return cfg.lr * shape[cfg.lr_schedule]
+
+
+def loss_knobs(cfg: Config, update_index: int) -> dict:
+    """grpo.policy_loss' knobs at an update, counted from 0 over the whole run."""
+    last = cfg.steps * cfg.updates_per_step - 1
+    p = cfg.hoelder_p + (cfg.hoelder_p_end - cfg.hoelder_p) * update_index / max(last, 1)
+    names = ("clip", "clip_low", "clip_high", "loss_agg", "loss", "cispo_cap")
+    return {name: getattr(cfg, name) for name in names} | {"hoelder_p": p}

@@ -11,7 +11,8 @@ Departures from the papers ("Spurious Rewards", arXiv 2506.10947, and INTUITOR, 
    Its learning rate is higher in return, chosen by the clip fraction (README, "Learning rate").
  - The loss is a mean over the tokens of the whole mini-batch (DAPO); the released code of "Spurious
    Rewards" takes it over a packed micro-batch and then over micro-batches.
- - Advantages are not whitened over the batch (the released code does, the paper does not say so).
+ - Advantages are not whitened over the batch unless asked for by whiten=True (the released code
+   does, the paper does not say so).
  - The overnight recipes use smaller batches and shorter responses than the papers'
    (config/model/qwen2.5_math_1.5b_paper.py has the papers').
  - Problems of the training set that occur in the eval set are dropped.
@@ -52,7 +53,7 @@ from engine import TRAIN_NOISE, Progress, decode, generate
 from eval import check_positions, choose_device, evaluate
 from lora import add_lora, reference, trainable
 from memory import LastStep, peak_memory, phase, rollout_weights, settle
-from metrics import describe, sample_log, summary_table
+from metrics import describe, describe_clip, sample_log, summary_table
 from model import (
     TokenStats,
     checkpoint_activations,
@@ -62,7 +63,17 @@ from model import (
     token_stats,
 )
 from problems import training_problems
-from settings import Config, check, choose_scale, keep_settled, learning_rate
+from settings import (
+    Config,
+    can_clip,
+    check,
+    choose_scale,
+    early_warning,
+    keep_settled,
+    learning_rate,
+    loss_knobs,
+    needs_base,
+)
 from verifier import Verifier
 
 Tokenizer = PreTrainedTokenizerBase
@@ -154,6 +165,13 @@ def score(
         rollouts.cross_logp[name] = verifier.mean_logp(rollouts, cfg.micro_batch_tokens)
 
 
+def tokens_in_loss(rollouts: Rollouts, cfg: Config) -> torch.Tensor:
+    """bool [B, R]: the response tokens that are trained on."""
+    if cfg.truncated == "mask":
+        return rollouts.mask & rollouts.finished[:, None]
+    return rollouts.mask
+
+
 def update(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -162,23 +180,23 @@ def update(
     parts: Parts,
     cfg: Config,
     lrs: list[float],
-) -> dict[str, float]:
+) -> dict:
     """One pass over the step's mini-batches, an optimiser update each at its rate in lrs.
 
-    advantage float32 [B]. Returns what happened: clip fractions, ratios, gradient norm, rate.
+    advantage float32 [B]. Returns what happened: the clip's doing, ratios, gradient norm, rate.
     """
-    in_loss = rollouts.mask
-    if cfg.truncated == "mask":
-        in_loss = in_loss & rollouts.finished[:, None]
+    in_loss = tokens_in_loss(rollouts, cfg)
     device = next(model.parameters()).device
     parameters = list(trainable(model).values())
-    sums: dict[str, float] = {"ratio_max": 0.0}
-    norms = []
-    for mini, lr in _bar(list(zip(parts, lrs, strict=True)), "  update"):
+    also = ("alignment",) if can_clip(cfg) else ()
+    first = (rollouts.step - 1) * cfg.updates_per_step  # updates done before this step
+    seen, norms = [], []
+    for i, (mini, lr) in enumerate(_bar(list(zip(parts, lrs, strict=True)), "  update")):
         rows_in_mini = [row for rows in mini for row in rows]
-        normalizer = grpo.normalizer(in_loss[rows_in_mini], cfg.loss_agg)
+        normalizer = grpo.normalizer(in_loss[rows_in_mini], cfg.loss_agg, cfg.max_new_tokens)
         for rows in mini:
-            logp = forward(model, rollouts, rows, cfg).logp  # [b, R]
+            scored = forward(model, rollouts, rows, cfg, also)
+            logp = scored.logp  # [b, R]
             R = logp.shape[1]
             mask = in_loss[rows, :R].to(device)
             loss, stats = grpo.policy_loss(
@@ -187,18 +205,14 @@ def update(
                 advantage[rows].to(device),
                 mask,
                 normalizer,
-                cfg.clip,
-                cfg.clip_low,
-                cfg.clip_high,
-                cfg.loss_agg,
+                **loss_knobs(cfg, first + i),
+                alignment=scored.alignment,
             )
             if cfg.kl_coef > 0:
                 kl = grpo.kl(logp, rollouts.ref_logp[rows, :R].to(device), cfg.kl_type)
                 loss = loss + cfg.kl_coef * grpo.aggregate(kl, mask, cfg.loss_agg, normalizer)
             loss.backward()
-            sums["ratio_max"] = max(sums["ratio_max"], float(stats.pop("ratio_max")))
-            for name, value in stats.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
+            seen.append(stats)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm))
         if not math.isfinite(norm):
             raise UserError(
@@ -210,15 +224,7 @@ def update(
         optimizer.step()
         optimizer.zero_grad()
         norms.append(norm)
-    tokens = max(sums["tokens"], 1.0)
-    return {
-        "clip_frac_low": sums["clip_low"] / tokens,
-        "clip_frac_high": sums["clip_high"] / tokens,
-        "ratio_mean": sums["ratio"] / tokens,
-        "ratio_max": sums["ratio_max"],
-        "grad_norm": float(np.mean(norms)),
-        "lr": lrs[-1],
-    }
+    return {**describe_clip(seen), "grad_norm": float(np.mean(norms)), "lr": lrs[-1]}
 
 
 # ----------------------------------------------------------------------------------------- the run
@@ -258,8 +264,7 @@ def train(cfg: Config) -> list[dict]:
         add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.seed)
     else:
         # Full training keeps no copy of the base unless loss or reward need one; else kl is null.
-        needed = cfg.kl_coef > 0 or "base_self_certainty" in reward_fn.needs
-        frozen = copy.deepcopy(model) if needed else None
+        frozen = copy.deepcopy(model) if needs_base(cfg) else None
         model.requires_grad_(True)
     base = partial(reference, model, frozen) if cfg.lora_r or frozen else None
     if cfg.gradient_checkpointing:
@@ -317,13 +322,16 @@ def train(cfg: Config) -> list[dict]:
                 rollouts = sample_rollouts(model, tokenizer, items, cfg, step)
             total = (rollouts.prompt_len + rollouts.length).tolist()
             parts = partition(total, cfg.updates_per_step, cfg.micro_batch_tokens, cfg.seed, step)
+            asked = needs_base(cfg) or step % cfg.base_every == 0
             with phase("score", seconds):
-                score(model, base, rollouts, parts, cfg, verifiers)
+                score(model, base if asked else None, rollouts, parts, cfg, verifiers)
             with phase("reward", seconds):
                 reward = reward_fn(rollouts)  # [B]
                 if cfg.truncated == "zero":
                     reward = reward * rollouts.finished
                 advantage = grpo.advantages(reward, cfg.group_size, cfg.adv_norm)
+                if cfg.whiten:
+                    advantage = grpo.whiten(advantage, tokens_in_loss(rollouts, cfg).sum(1))
                 metrics = {"step": step, **describe(rollouts, reward, watched)}
             done = (step - 1) * cfg.updates_per_step
             lrs = [learning_rate(cfg, done + i) for i in range(cfg.updates_per_step)]
@@ -339,11 +347,8 @@ def train(cfg: Config) -> list[dict]:
             if cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps):
                 metrics |= run_eval(step)
             log(metrics)
-            if step == first + 4 and all(m.get("flat_groups", 1) == 1 for m in history[-5:]):
-                tqdm.write(
-                    f"warning: reward={cfg.reward} gave each group one value for five steps: "
-                    "while that lasts nothing is learned"
-                )
+            if warning := early_warning(cfg, history[first - step - 1 :]):  # of this process
+                tqdm.write(f"warning: {warning}")
             folder.log("samples.jsonl", sample_log(rollouts, reward, advantage, cfg.log_samples))
             if last or (cfg.save_every and step % cfg.save_every == 0):
                 save(step)

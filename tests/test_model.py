@@ -68,6 +68,28 @@ def test_stats_equal_float64_distributions_of_transformers_logits(
             assert (ours[i, n:] == 0).all()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_alignment_is_the_inner_product_of_two_gradients(model_folders, temperature):
+    """Of log p(y) and log p(likeliest) on the logits over the temperature, by autograd."""
+    model = load_model(model_folders["llama"])
+    tokens, prompt_len, length = batch(0)
+    got = token_stats(model, tokens, prompt_len, length, temperature, ("alignment",))
+    assert got.entropy is None and got.self_certainty is None
+    for i in range(len(tokens)):
+        p, n = int(prompt_len[i]), int(length[i])
+        with torch.no_grad():
+            logits = model(tokens[i : i + 1, : p + n]).logits[0, p - 1 : p + n - 1].double()
+        z = (logits / temperature).requires_grad_()
+        log_p = z.log_softmax(-1)
+        y = tokens[i, p : p + n]
+        (to_y,) = torch.autograd.grad(log_p[range(n), y].sum(), z, retain_graph=True)
+        (to_top,) = torch.autograd.grad(log_p.amax(-1).sum(), z)
+        exact = (to_y * to_top).sum(-1)
+        assert torch.allclose(got.alignment[i, :n].double(), exact, rtol=1e-5, atol=1e-5)
+        assert (got.alignment[i, n:] == 0).all()
+    assert got.alignment.abs().max() > 0.01
+
+
 @pytest.fixture(scope="module")
 def stories(shared):
     """stories260K with an adapter that does something, and two of its texts from first to last
@@ -181,6 +203,8 @@ def test_scoring_and_update_give_the_same_bits(model_folders, quant, dtype):
     with torch.no_grad():
         scored = token_stats(model, *args).logp
     plain = token_stats(model, *args, also=()).logp
+    aligned = token_stats(model, *args, also=("alignment",))
+    assert torch.equal(aligned.logp, plain) and not aligned.alignment.requires_grad
     checkpoint_activations(model)
     checkpointed = token_stats(model, *args, also=()).logp
     assert torch.equal(scored, plain) and torch.equal(scored, checkpointed)

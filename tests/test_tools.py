@@ -1,179 +1,19 @@
-"""Plots, demo, bench and sample: grouping and errors by hand, the rest on throwaway models."""
+"""Bench and sample, on throwaway models."""
 
 import json
 import sys
-from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
+from test_figures import write_run
 from transformers import AutoModelForCausalLM
 
-import configurator
 import sample
 import tiny
-from configurator import UserError, configure
+from configurator import UserError
 from lora import add_lora, lora_layers, save_adapter
-from settings import Config
-from tools import bench, demo, machine, peers, plot, workload
-
-ACCURACY = {0: (0.5, 0.9, 0.1), 1: (0.5, 0.7, 0.2), 2: (0.5, 0.8, 0.6)}  # at steps 0, 2, 4
-
-
-def write_run(folder, seed=0, last=4, **config):
-    """A run folder with made-up metrics: evals at steps 0, 2, 4, training rows from step 1."""
-    folder.mkdir(parents=True)
-    config = {"reward": "format", "clip": "both", "seed": seed, "out_dir": str(folder), **config}
-    (folder / "config.json").write_text(json.dumps({"config": config}))
-    rows = [{"step": step} for step in range(last + 1)]
-    for row in rows[1:]:
-        row |= {"accuracy": 0.1 * row["step"], "kl": None, "clip_frac_low": 0.0,
-                "clip_frac_high": 0.0 if row["step"] == 1 else 0.002}  # fmt: skip
-    for row, value in zip(rows[::2], ACCURACY[seed], strict=False):
-        row |= {"eval_accuracy": value, "eval_stderr": 0.02, "eval_code_frequency": 0.65,
-                "eval_boxed": 0.8}  # fmt: skip
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-@pytest.fixture
-def folders(tmp_path):
-    runs = [write_run(tmp_path / f"a{seed}", seed) for seed in range(3)]
-    return [*runs, write_run(tmp_path / "off", clip="off")]
-
-
-# ---- plot
-
-
-def test_runs_that_differ_only_in_seed_are_one_arm(folders):
-    arms = plot.load_arms(folders)
-    assert [arm.label for arm in arms] == ["format, clip=both", "format, clip=off"]
-    assert [len(arm.runs) for arm in arms] == [3, 1]
-    assert plot.load_arms(folders[:3])[0].label == "format"  # nothing differs
-
-
-def test_mean_and_standard_error_by_hand(folders):
-    three, one = plot.load_arms(folders)
-    steps, mean, error = three.curve("eval_accuracy")
-    assert steps.tolist() == [0, 2, 4]
-    assert mean == pytest.approx([0.5, 0.8, 0.3])
-    # of .9 .7 .8: variance (.01 + .01) / 2; of .1 .2 .6: (.04 + .01 + .09) / 2. Before training all
-    # seeds measure the same model on the same samples, which is no estimate of an error.
-    assert error[1:] == pytest.approx([(0.01 / 3) ** 0.5, (0.07 / 3) ** 0.5])
-    assert np.isnan(error[0])
-    assert one.curve("eval_accuracy")[2] == pytest.approx(0.02)  # one seed: over problems
-    assert np.isnan(one.curve("accuracy")[2]).all()
-    assert three.curve("clip_frac")[1] == pytest.approx([0, 0.002, 0.002, 0.002])
-    assert three.curve("accuracy", 3)[1] == pytest.approx([0.1, 0.15, 0.2, 0.3])
-    assert len(three.curve("kl")[0]) == 0  # null throughout
-
-
-def test_mean_ends_where_the_shortest_run_ends(tmp_path):
-    runs = [write_run(tmp_path / "a", 0), write_run(tmp_path / "b", 1, last=2)]
-    steps, mean, _ = plot.load_arms(runs)[0].curve("eval_accuracy")
-    assert steps.tolist() == [0, 2]
-    assert mean == pytest.approx([0.5, 0.8])
-
-
-def test_figure_and_table(folders, tmp_path, capsys):
-    from matplotlib.image import imread
-
-    out = tmp_path / "new" / "figure.png"
-    plot.main([*map(str, folders), f"--out={out}"])
-    pixels = imread(out)
-    assert pixels.shape[1] == 1600
-    assert pixels.std() > 0.05  # something is drawn
-    printed = capsys.readouterr().out
-    assert "| format, clip=both | 3 | 50.0 | 30.0 ± 15.3 | 65.0 | 65.0 |" in printed
-    assert "| format, clip=off | 1 | 50.0 ± 2.0 | 10.0 ± 2.0 | 65.0 | 65.0 |" in printed
-
-
-def test_errors_of_plot_are_one_line(folders, tmp_path):
-    empty, no_metrics, copy = (tmp_path / name for name in ("empty", "none", "copy"))
-    (write_run(empty) / "metrics.jsonl").write_text("")
-    (write_run(no_metrics) / "metrics.jsonl").unlink()
-    write_run(copy)
-    a = str(folders[0])
-    for argv, words in [
-        ([], "no runs named"),
-        ([str(tmp_path / "absent")], "absent"),
-        ([str(empty)], "holds no metrics"),
-        ([str(no_metrics)], "cannot be read"),
-        ([a, str(copy)], "the same configuration and seed"),
-        ([a, "--metrics=acuracy"], "did you mean accuracy"),
-        ([a, "--metrics=kl"], "no values"),
-        ([a, f"--out={tmp_path}/figure.xyz"], "cannot be written"),
-        ([a, "out=figure.png"], "write --out=figure.png"),
-    ]:
-        with pytest.raises(UserError, match=words) as error:
-            plot.main(argv)
-        assert "\n" not in str(error.value)
-
-
-# ---- demo
-
-
-def test_demo_keeps_resumes_and_restarts(tmp_path):
-    cfg = demo.DemoConfig(out=str(tmp_path), seeds=2, steps=4)
-    jobs = demo.plan(cfg)
-    assert len({job.folder for job in jobs}) == 2 * len(demo.EXPERIMENTS)
-    job = jobs[0]
-    assert demo.state(job) == "new"
-    config = asdict(configure(Config, job.args)[0])
-    assert config["steps"] == 4 and config["model"] == "tiny"
-    write_run(job.folder, last=2, **{k: v for k, v in config.items() if k != "seed"})
-    assert demo.state(job) == "restart"  # there is no checkpoint
-    (job.folder / "state.safetensors").touch()
-    assert demo.state(job) == "resume"
-    with (job.folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "rew')  # cut off in the middle
-    assert demo.state(job) == "resume"
-    job.folder.joinpath("metrics.jsonl").write_text('{"step": 4}\n')
-    assert demo.state(job) == "complete"
-    longer = demo.plan(demo.DemoConfig(out=str(tmp_path), steps=5))[0]
-    with pytest.raises(UserError, match="steps=4, not 5"):
-        demo.state(longer)
-
-
-def test_demo_runs_any_experiment(tmp_path):
-    every = demo.plan(demo.DemoConfig(out=str(tmp_path), seeds=1, experiments=("all",)))
-    assert len(every) == len(list((configurator.PROJECT / "config").glob("*.py"))) > 20
-    two = demo.DemoConfig(out=str(tmp_path), seeds=1, experiments=("constant", "one_shot"))
-    assert [job.args[0] for job in demo.plan(two)] == ["config/constant.py", "config/one_shot.py"]
-    with pytest.raises(UserError, match="experiments=randm: no such file: there are constant"):
-        demo.plan(demo.DemoConfig(experiments=("randm",)))
-
-
-def test_demo_table_has_the_reward_and_arms_are_named_by_what_differs(tmp_path):
-    for name, one_shot, values in (("a", "", (1, 2, 3)), ("b", "pi_1", (7, 7, 7))):
-        write_run(tmp_path / name, reward="length", one_shot=one_shot)
-        rows = [{"step": i, "reward": v, "eval_accuracy": 0.5} for i, v in enumerate(values)]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (tmp_path / name / "metrics.jsonl").write_text(text)
-    lines = demo.table(plot.load_arms([tmp_path / "a", tmp_path / "b"])).splitlines()
-    assert lines[3] == "| length | 1 | 50.0 | - | - | 2 to 2 |"
-    assert lines[4].startswith("| length, one_shot=pi_1 | 1 | 50.0 |")
-    assert lines[4].endswith("| 7 to 7 |")
-
-
-def test_demo_names_the_log_of_a_failed_run_and_ends_the_others(tmp_path, monkeypatch):
-    (tmp_path / "train.py").write_text(
-        "import sys, time\n"
-        "if '--seed=0' in sys.argv: print('step 1'); sys.exit('error: broken')\n"
-        "time.sleep(60)\n"
-    )
-    jobs = demo.plan(demo.DemoConfig(out=str(tmp_path), seeds=2))[3:5]  # a seed 0 and a seed 1
-    monkeypatch.setattr(demo, "PROJECT", tmp_path)
-    with pytest.raises(UserError, match=r"seed0\.log: error: broken \(exit status 1\)"):
-        demo.run_jobs(jobs, at_once=2, poll=0.1)
-    assert all(job.process.poll() is not None for job in jobs)
-
-
-def test_demo_table_has_the_base_first(folders):
-    lines = demo.table(plot.load_arms(folders)).splitlines()
-    assert lines[2] == "| before training | 3 | 50.0 | 65.0 | 80.0 |  |"  # the seeds agree there
-    assert lines[3] == "| format, clip=both | 3 | 30.0 ± 15.3 | 65.0 | 80.0 |  |"
-
+from tools import bench, machine, peers, workload
 
 # ---- bench
 

@@ -16,19 +16,23 @@ from data import Problem, Rollouts, partition
 from lora import add_lora, lora_layers, trainable
 from model import load_model, token_stats
 from problems import PI_1, pick_one
-from settings import Config, check, choose_scale, learning_rate
+from settings import Config, check, choose_scale, early_warning, learning_rate, loss_knobs
 from train import train
 
 
 @pytest.fixture
 def small(tiny_random, tmp_path):
+    return small_config(tiny_random, str(tmp_path / "run"))
+
+
+def small_config(world, folder):
     """A run of 32 rollouts a step on the untrained tiny world."""
     return Config(
-        model=tiny_random, quant="none", lora_r=4, lora_alpha=8, gradient_checkpointing=False,
-        train_data=tiny_random, eval_data=tiny_random, prompt="none", max_prompt_tokens=32,
-        max_new_tokens=12, reward="random(0.5)", steps=2, prompts_per_step=4, group_size=8,
-        micro_batch_tokens=200, lr=1e-2, eval_every=0, eval_n=10, save_every=0, device="cpu",
-        dtype="float32", out_dir=str(tmp_path / "run"),
+        model=world, quant="none", lora_r=4, lora_alpha=8, gradient_checkpointing=False,
+        train_data=world, eval_data=world, prompt="none", max_prompt_tokens=32, max_new_tokens=12,
+        reward="random(0.5)", steps=2, prompts_per_step=4, group_size=8, micro_batch_tokens=200,
+        lr=1e-2, eval_every=0, eval_n=10, save_every=0, device="cpu", dtype="float32",
+        out_dir=folder,
     )  # fmt: skip
 
 
@@ -61,11 +65,11 @@ def test_the_first_ratio_of_every_step_is_exactly_1(small, monkeypatch):
     first = []
     policy_loss = trainer.grpo.policy_loss
 
-    def spy(logp, old_logp, *args):  # fmt: skip
+    def spy(logp, old_logp, *args, **kwargs):
         first.append((logp - old_logp).abs().max().item())
-        return policy_loss(logp, old_logp, *args)
+        return policy_loss(logp, old_logp, *args, **kwargs)
 
-    monkeypatch.setattr(trainer.grpo, "policy_loss", spy)  # fmt: skip
+    monkeypatch.setattr(trainer.grpo, "policy_loss", spy)
     history = train(replace(small, updates_per_step=1, steps=3))
     assert max(first) == 0 and history[-1]["kl"] > 0
     first.clear()
@@ -106,6 +110,25 @@ def test_resumed_equals_uninterrupted(small, lora_r):
         torch.equal(v, weights(cfg.out_dir)[k]) for k, v in weights(small.out_dir + "whole").items()
     )
     assert whole[-1]["kl"] is None if lora_r == 0 else whole[-1]["kl"] > 0
+
+
+def test_a_resumed_run_keeps_its_schedules(small, monkeypatch):
+    """Stopped within the third of four steps, its checkpoint at the second."""
+    cfg = replace(small, steps=4, lr=1e-3, lr_schedule="linear", save_every=2, loss="hoelder",
+                  hoelder_p=3.0, clip_high=1e-3, loss_agg="constant", whiten=True,
+                  base_every=2)  # fmt: skip
+    whole = train(replace(cfg, out_dir=small.out_dir + "whole"))
+    assert [m["kl"] is None for m in whole] == [True, False, True, False]
+    assert sum(m["clip_frac_high"] for m in whole) > 0
+    update, calls = trainer.update, []
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "update", lambda *a: calls.append(1) or update(*a) if len(calls) < 2
+                      else 1 / 0)  # fmt: skip
+        with pytest.raises(ZeroDivisionError):
+            train(cfg)
+    assert comparable(train(replace(cfg, resume=True))) == comparable(whole)
+    a, b = weights(cfg.out_dir), weights(small.out_dir + "whole")
+    assert all(torch.equal(a[k], b[k]) for k in b)
 
 
 def read_jsonl_of(cfg):
@@ -170,6 +193,14 @@ def test_metrics_samples_and_config_are_there(small):
     for m in history[1:]:
         assert set(wanted) <= set(m) and all(math.isfinite(m[k] or 0) for k in wanted)
         assert m["sampler_gap_max"] < 1e-4
+        assert 0 < m["token_prob"] < 1 and sum(m["prob_bins"]) == pytest.approx(1)
+        for side in ("high", "low"):
+            bins = m[f"clip_{side}_bins"]
+            assert [share is None for share in bins] == [n == 0 for n in m["prob_bins"]]
+            total = sum((share or 0) * n for share, n in zip(bins, m["prob_bins"], strict=True))
+            assert total == pytest.approx(m[f"clip_frac_{side}"]) and total > 0
+            assert m[f"clip_pull_{side}"] != 0
+        json.dumps(m, allow_nan=False)
     with open(f"{small.out_dir}/samples.jsonl") as file:
         rows = [json.loads(line) for line in file]
     assert len(rows) == 8 and {r["reward"] for r in rows} <= {0.0, 1.0}
@@ -315,6 +346,118 @@ def test_offline_self_certainty_is_that_of_the_untouched_base(small, tiny_random
         assert (r.self_certainty - stats.self_certainty).abs().max() > 1e-3
 
 
+# -------------------------------------------------------------------------------- the loss's knobs
+
+STUDY = sorted((configurator.PROJECT / "config" / "study").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", STUDY, ids=lambda path: path.stem)
+def test_study_configs_warn_of_nothing(path):
+    """Neither by themselves, nor at the tiny scale, typed in either order; and name the run."""
+    for scale in ("config/model/tiny.py", "config/model/qwen2.5_math_1.5b_paper.py"):
+        for argv in ([str(path), scale], [scale, str(path)]):
+            cfg, sources = configurator.configure(Config, argv)
+            assert check(cfg) == [] and cfg.reward == "random(0.5)"
+            assert sources.experiments == [path.stem]
+
+
+TIGHT = {"clip_low": 1e-4, "clip_high": 1e-4}
+
+
+@pytest.mark.parametrize(
+    "base,changes",
+    [
+        ({}, {"loss": "gspo"}),
+        ({}, {"loss": "cispo"}),
+        ({}, {"loss": "hoelder"}),
+        ({}, {"clip": "off"}),
+        ({}, {"clip": "high"}),
+        ({}, {"whiten": True}),
+        ({}, {"adv_norm": "raw"}),
+        ({}, {"loss_agg": "constant"}),
+        ({"adv_norm": "group_mean", "max_grad_norm": 1e9}, {"adv_norm": "leave_one_out"}),
+        ({"loss": "cispo"}, {"cispo_cap": 1.001}),
+        ({"loss": "gspo"}, TIGHT),
+        ({"loss": "gspo"} | TIGHT, {"clip": "low"}),
+        ({"loss": "gspo"}, {"loss": "hoelder"}),
+        ({"loss": "hoelder"}, {"hoelder_p": 1.0}),
+        ({"loss": "hoelder"}, {"hoelder_p_end": 1.0}),
+    ],
+    ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()) or "default",
+)
+def test_every_knob_of_the_loss_acts(one_step, base, changes):
+    a, b = one_step(base), one_step(base | changes)
+    assert any((a[k] - b[k]).abs().max() > 1e-6 for k in a)
+
+
+@pytest.fixture(scope="module")
+def one_step(tiny_random, tmp_path_factory):
+    """changes -> the adapter after one step of such a run; each is made once."""
+    done = {}
+
+    def run(changes):
+        key = repr(sorted(changes.items()))
+        if key not in done:
+            folder = str(tmp_path_factory.mktemp("knob") / "run")
+            train(replace(small_config(tiny_random, folder), steps=1, **changes))
+            done[key] = weights(folder)
+        return done[key]
+
+    return run
+
+
+def test_one_update_a_step_makes_all_arms_one(one_step):
+    """At the same aggregation, up to rounding; the clip arms to the bit."""
+    base = {"updates_per_step": 1, "loss_agg": "seq_mean"}
+    plain = one_step(base)
+    assert all(torch.equal(plain[k], v) for k, v in one_step(base | {"clip": "off"}).items())
+    for loss in ("gspo", "cispo", "hoelder"):
+        other = one_step(base | {"loss": loss})
+        assert all(torch.allclose(plain[k], other[k], atol=2e-4) for k in plain)
+
+
+def test_base_every_leaves_the_weights_alone(small):
+    runs = {}
+    for every in (1, 3):
+        cfg = replace(small, steps=3, base_every=every, out_dir=f"{small.out_dir}{every}")
+        runs[every] = (train(cfg), weights(cfg.out_dir))
+    asked, spared = runs[1][0], runs[3][0]
+    assert all(torch.equal(v, runs[3][1][k]) for k, v in runs[1][1].items())
+    for a, b in zip(comparable(asked), comparable(spared), strict=True):
+        null = {"kl", *(f"self_certainty(base)/{n}" for n in ("mean", "std", "flat", "auroc"))}
+        assert a.keys() == b.keys() and a["kl"] is not None
+        changed = {k for k in a if a[k] != b[k]}
+        assert changed == (null - {"self_certainty(base)/auroc"} if b["step"] < 3 else set())
+        assert all(b[k] is None for k in changed)
+    held = train(replace(small, steps=1, kl_coef=0.1, base_every=3, out_dir=small.out_dir + "kl"))
+    assert all(m["kl"] is not None for m in held)  # the loss needs it
+
+
+def test_early_warnings():
+    cfg = Config()
+    idle = {"flat_groups": 0.5, "clip_frac_low": 0.0, "clip_frac_high": 0.0}
+    flat, clipped = idle | {"flat_groups": 1.0}, idle | {"clip_frac_high": 1e-4}
+    line = early_warning(cfg, [idle] * 10)
+    assert "nothing was clipped in 10 steps, so clip=both is not being tested" in line
+    assert "lower clip_low and clip_high" in line and "\n" not in line
+    assert early_warning(replace(cfg, clip="low"), [idle] * 10).endswith("lower clip_low")
+    assert "cispo_cap" in early_warning(replace(cfg, loss="cispo"), [idle] * 10)
+    for changes in ({"clip": "off"}, {"updates_per_step": 1}, {"lr": 0.0}):
+        assert early_warning(replace(cfg, **changes), [idle] * 10) == ""
+    for steps in ([idle] * 9, [idle] * 11, [flat] * 10, [idle] * 9 + [clipped]):
+        assert early_warning(cfg, steps) == ""
+    assert "gave each group one value" in early_warning(cfg, [flat] * 5)
+    assert early_warning(replace(cfg, adv_norm="raw"), [flat] * 5) == ""
+    assert early_warning(cfg, [flat] * 4 + [idle]) == early_warning(cfg, []) == ""
+
+
+def test_a_clip_that_nothing_meets_is_warned_of_once(small, capsys):
+    cfg = replace(small, steps=11, lr=1e-9, prompts_per_step=1, max_new_tokens=4)
+    cfg = replace(cfg, updates_per_step=2)
+    train(cfg)
+    assert capsys.readouterr().out.count("nothing was clipped in 10 steps") == 1
+
+
 # ----------------------------------------------------------------------------- what enters the loss
 
 
@@ -352,7 +495,7 @@ def adapted(tiny_random):
     return model
 
 
-@pytest.mark.parametrize("loss_agg", ["token_mean", "seq_mean"])
+@pytest.mark.parametrize("loss_agg", ["token_mean", "seq_mean", "constant"])
 def test_the_gradient_does_not_depend_on_the_micro_batch(adapted, small, loss_agg):
     cfg = replace(small, loss_agg=loss_agg, max_grad_norm=1e9)
     A = torch.tensor([1.0, -1.0, 0.5, -0.5])
@@ -420,10 +563,27 @@ def test_learning_rate_by_hand():
     assert learning_rate(cosine, 8) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
 
 
+def test_the_hoelder_exponent_is_linear_over_the_run():
+    cfg = Config(steps=3, updates_per_step=3, loss="hoelder", hoelder_p=2.0, hoelder_p_end=-2.0)
+    assert [loss_knobs(cfg, i)["hoelder_p"] for i in (0, 2, 4, 8)] == [2.0, 1.0, 0.0, -2.0]
+    assert loss_knobs(replace(cfg, steps=1, updates_per_step=1), 0)["hoelder_p"] == 2.0
+
+
 @pytest.mark.parametrize(
     "changes,word",
     [
         ({"updates_per_step": 1}, "clip=both cannot act"),
+        ({"updates_per_step": 1, "loss": "gspo"}, "loss=gspo cannot act"),
+        ({"updates_per_step": 1, "loss": "cispo", "clip": "both"}, "loss=cispo cannot act"),
+        ({"cispo_cap": 4.0}, "cispo_cap=4.0 cannot act with loss=grpo"),
+        ({"hoelder_p": 1.0, "loss": "gspo"}, "hoelder_p=1.0 cannot act with loss=gspo"),
+        ({"hoelder_p_end": 1.0}, "hoelder_p_end=1.0 cannot act"),
+        ({"loss": "cispo", "clip": "off"}, "clip=off cannot act with loss=cispo, which has"),
+        ({"loss": "cispo", "clip_high": 0.28}, "clip_high=0.28 cannot act with loss=cispo"),
+        ({"clip_low": 1.0}, "clip_low=1.0 cannot act as no ratio is below 0"),
+        ({"base_every": 5, "kl_coef": 0.1}, "base_every=5 cannot act: loss or reward"),
+        ({"base_every": 5, "reward": "self_certainty(base)"}, "base_every=5 cannot act: loss or"),
+        ({"base_every": 5, "lora_r": 0, "quant": "none"}, "base_every=5 cannot act: lora_r=0"),
         ({"group_size": 1}, "every advantage is 0"),
         ({"clip": "off", "clip_high": 0.28}, "clip_high=0.28 cannot act"),
         ({"clip": "high", "clip_low": 0.1}, "clip_low=0.1 cannot act"),
@@ -437,12 +597,17 @@ def test_a_setting_that_cannot_act_warns_once(changes, word):
     warnings = check(replace(Config(), **changes))
     assert sum(word in w for w in warnings) == 1 and len(warnings) == 1
     assert check(Config()) == []
+    assert check(Config(group_size=1, adv_norm="raw", loss="gspo", base_every=7)) == []
+    assert check(Config(reward="constant", adv_norm="raw")) == []  # without a baseline it acts
 
 
 @pytest.mark.parametrize(
     "changes,word",
     [
         ({"group_size": 0}, "group_size=0"),
+        ({"group_size": 1, "adv_norm": "leave_one_out"}, "there are no others"),
+        ({"cispo_cap": 1.0}, "cispo_cap=1.0"),
+        ({"base_every": 0}, "base_every=0"),
         ({"prompts_per_step": 1, "group_size": 4}, "only 4 responses"),
         ({"lora_r": 0, "quant": "nf4"}, "--quant=none"),
         ({"lora_r": 0, "quant": "none", "dtype": "bfloat16"}, "--dtype=float32"),

@@ -50,6 +50,7 @@ class BenchConfig:
     quant: Literal["none", "nf4"] = "none"  # 4-bit weights through bitsandbytes
     lora_r: int = 8  # rank of the adapter; 0 trains all weights
     gradient_checkpointing: bool = False  # recompute activations in backward
+    reference: bool = True  # score under the base policy, too; False: a step that base_every spares
     rollout_weights: memory.Rollout = "kept"  # sample by merged weights, kept or freed, or not
     cuda_graph: bool = True  # capture decoding steps, on CUDA; False shows what that brings
     # Work

@@ -1,33 +1,21 @@
 """Rewards on the tiny world, a few seeds each, one figure and one table: minutes on two cores.
 
-    python -m tools.demo --out=out/demo --seeds=3 --jobs=2
+    python -m tools.demo --out=out/demo --seeds=3
     python -m tools.demo --experiments=all --out=out/rewards        (every file of config/)
 
 Each run is an ordinary `train.py`; a demo that was stopped goes on where it was.
 """
 
-import fcntl
-import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
-import tiny
-from checkpoint import read_config, read_jsonl
 from configurator import PROJECT, UserError, configure, run
-from settings import Config
-from tools.plot import Arm, cell, draw, load_arms
+from tools.arms import Arm, load_arms
+from tools.jobs import Job, how_many, run_all
+from tools.plot import MOST_ARMS, cell, draw
 
 EXPERIMENTS = ("ground_truth", "random_reward", "format", "python_reward")
 SCALE = "config/model/tiny.py"
-MOST_ARMS = 8  # more lines in a panel are not told apart
 PANELS = ("eval_accuracy", "accuracy", "code_frequency", "boxed", "clip_frac", "entropy")
 
 
@@ -39,25 +27,7 @@ class DemoConfig:
     out: str = "out/demo"  # folder of the runs, the figure and the table
     seeds: int = 3  # runs a reward
     steps: int = 0  # steps a run; 0 = as many as config/model/tiny.py says
-    jobs: int = 2  # runs at a time, one core each
-
-
-@dataclass
-class Job:
-    """One run of the demo: its folder, its train.py arguments, its process once started."""
-
-    folder: Path
-    args: list[str]
-    process: subprocess.Popen | None = None
-
-    @property
-    def log(self) -> Path:
-        return self.folder.with_name(self.folder.name + ".log")
-
-    @property
-    def steps_done(self) -> int:
-        rows = read_jsonl(self.folder / "metrics.jsonl")
-        return rows[-1]["step"] if rows else 0
+    jobs: int = 0  # runs at a time, one core each; 0 = as many as cores and memory allow
 
 
 def plan(cfg: DemoConfig) -> list[Job]:
@@ -70,87 +40,9 @@ def plan(cfg: DemoConfig) -> list[Job]:
     for seed in range(cfg.seeds):
         for experiment in experiments:
             folder = Path(cfg.out) / f"{experiment}-seed{seed}"
-            args = [f"config/{experiment}.py", SCALE, f"--seed={seed}", f"--out_dir={folder}"]
+            args = [f"config/{experiment}.py", SCALE, f"--seed={seed}"]
             jobs.append(Job(folder, args + [f"--steps={cfg.steps}"] * (cfg.steps > 0)))
     return jobs
-
-
-def state(job: Job) -> str:
-    """What is to be done with a run: "new", "resume", "complete", or "restart" (no checkpoint).
-
-    Raises UserError where the folder is in use or holds a run of another configuration.
-    """
-    if not (job.folder / "config.json").exists():
-        return "new"
-    with open(job.folder / "lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{job.folder}: another process is running in it") from error
-    wanted = json.loads(json.dumps(asdict(configure(Config, job.args)[0])))  # no tuples
-    saved = read_config(job.folder)
-    for key, value in wanted.items():
-        if key not in ("out_dir", "resume") and saved.get(key) != value:
-            raise UserError(f"{job.folder}: holds a run with {key}={saved.get(key)}, not {value}: "
-                            "delete the folder, or name another --out")  # fmt: skip
-    if job.steps_done == wanted["steps"]:
-        return "complete"
-    return "resume" if (job.folder / "state.safetensors").exists() else "restart"
-
-
-def start(job: Job) -> None:
-    """Start a run as a process of its own, on one core, its output going to the log."""
-    todo = state(job)
-    if todo == "restart":
-        shutil.rmtree(job.folder)
-    args = [*job.args, *(["--resume=True"] if todo == "resume" else [])]
-    with open(job.log, "a" if todo == "resume" else "w") as log:
-        job.process = subprocess.Popen(
-            [sys.executable, str(PROJECT / "train.py"), *args],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            # more threads than cores in all would wait for one another
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-
-
-def run_jobs(jobs: list[Job], at_once: int, poll: float = 1.0) -> None:
-    """Run what is not complete. Raises UserError naming the log of a run that fails.
-
-    However this ends, no process is left behind; a run that was stopped keeps its checkpoint.
-    """
-    waiting = [job for job in jobs if state(job) != "complete"]
-    running: list[Job] = []
-    steps = {job.folder: job.steps_done for job in jobs}
-    total = sum(int(configure(Config, job.args)[0].steps) for job in jobs)
-    bar = tqdm(total=total, initial=sum(steps.values()), desc=f"{len(jobs)} runs", unit="step")
-    try:
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                start(waiting[0])
-                running.append(waiting.pop(0))
-            time.sleep(poll)
-            for job in list(running):
-                status = job.process.poll()
-                steps[job.folder] = job.steps_done
-                if status:
-                    raise UserError(f"{job.log}: {_last_line(job.log)} (exit status {status})")
-                if status == 0:
-                    running.remove(job)
-            bar.n = sum(steps.values())
-            bar.refresh()
-    finally:
-        bar.close()
-        for job in running:
-            job.process.terminate()
-        for job in running:
-            job.process.wait()
-
-
-def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
-    return next((line for line in reversed(lines) if line), "no output")
 
 
 def table(arms: list[Arm]) -> str:
@@ -173,21 +65,11 @@ def table(arms: list[Arm]) -> str:
 
 def main(argv: list[str]) -> None:
     cfg, _ = configure(DemoConfig, argv)
-    for key, least in (("seeds", 1), ("jobs", 1), ("steps", 0)):
+    for key, least in (("seeds", 1), ("jobs", 0), ("steps", 0)):
         if getattr(cfg, key) < least:
             raise UserError(f"{key}={getattr(cfg, key)}: must be at least {least}")
     jobs = plan(cfg)
-    kept = sum(state(job) == "complete" for job in jobs)
-    if kept:
-        print(f"{kept} of {len(jobs)} runs are complete and kept (delete {cfg.out} to start anew)")
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it ends the runs, too
-    tiny.resolve("tiny")  # built once, before several runs would each do it
-    try:
-        run_jobs(jobs, cfg.jobs)
-    except KeyboardInterrupt:
-        print(f"stopped; the same command goes on, logs are in {cfg.out}", file=sys.stderr)
-        raise
+    run_all(jobs, cfg.jobs or how_many(jobs), Path(cfg.out))
     arms = load_arms([job.folder for job in jobs])
     text = table(arms)
     (Path(cfg.out) / "table.md").write_text(text + "\n")

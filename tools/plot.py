@@ -2,12 +2,14 @@
 
     python -m tools.plot out/a out/b ... --out=figure.png
     python -m tools.plot out/* --metrics=eval_accuracy,kl,length
+    python -m tools.plot out/* --metrics=clip_frac,clip_bins,clip_pull
 
 Runs that differ only in their seed are one arm: a line for the mean, a band for its standard error.
+Two panels are made of several keys: clip_bins, the clip fraction by the token's old probability,
+and clip_pull, what the clip adds to the ascent on the likeliest token (grpo.clip_pull).
 """
 
 import difflib
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -17,15 +19,16 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from checkpoint import read_config, read_jsonl
 from configurator import UserError, configure, run
+from tools.arms import Arm, load_arms
 
-NO_ARM = ("seed", "out_dir", "resume")  # what runs of one arm may differ in
 PANELS = ("eval_accuracy", "accuracy", "code_frequency", "reward", "clip_frac", "entropy")
 TITLES = {
     "eval_accuracy": "Eval accuracy",
+    "eval_code_frequency": "Eval code frequency",
     "accuracy": "Rollout accuracy",
     "code_frequency": "Code frequency",
     "reward": "Reward",
@@ -34,11 +37,17 @@ TITLES = {
     "boxed": "Boxed share",
     "kl": "KL to the base (nats a token)",
     "length": "Response length (tokens)",
+    "clip_bins": "Clip fraction by old probability",
+    "clip_pull": "Clip pull (> 0: to the likeliest token)",
 }
 # Okabe and Ito's colours, told apart with any colour vision; the yellow is too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = "osD^vPX"
 STYLES = ("-", "--", ":")
+SIDES = {"high": "-", "low": "--"}  # of the clip, in the panels that show both
+STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
+MOST_ARMS = 8  # more lines in a panel are not told apart
+FEW_SEEDS = "fewer than 3 seeds: no conclusion"
 
 
 @dataclass
@@ -50,107 +59,17 @@ class PlotConfig:
     smooth: int = 5  # steps: lines show the mean of the last so many; evals are as they are
 
 
-@dataclass
-class Arm:
-    """The runs of one configuration, one a seed: their metrics.jsonl, each a list of rows."""
-
-    label: str
-    folders: list[Path]
-    runs: list[list[dict]]
-
-    def curve(self, key: str, smooth: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(steps, mean, standard error), [S] each, over the S steps at which every run has `key`.
-
-        smooth: each run's values are first averaged over the last so many steps (fewer at first).
-        The error is over seeds. It is nan where there is one seed, but for eval_accuracy, whose own
-        error over problems is logged; and where the seeds agree exactly, as before training: these
-        are not several measurements.
-        """
-        steps, values = self._common(key)
-        if smooth > 1 and len(steps):
-            windows = [values[:, max(0, end - smooth) : end] for end in range(1, len(steps) + 1)]
-            values = np.stack([window.mean(1) for window in windows], 1)
-        error = np.full(len(steps), np.nan)
-        if len(self.runs) > 1 and len(steps):
-            error = values.std(0, ddof=1) / math.sqrt(len(self.runs))
-            error[np.ptp(values, 0) == 0] = np.nan
-        elif key == "eval_accuracy" and self._common("eval_stderr")[0] == steps:
-            error = self._common("eval_stderr")[1][0]
-        return np.array(steps), values.mean(0), error
-
-    def _common(self, key: str) -> tuple[list[int], np.ndarray]:
-        """Steps that every run has, so that no mean jumps where a shorter run ends; [runs, S]."""
-        columns = [{row["step"]: row[key] for row in rows if _finite(row.get(key))}
-                   for rows in self.runs]  # fmt: skip
-        steps = sorted(set.intersection(*map(set, columns)))
-        values = [[column[step] for step in steps] for column in columns]
-        return steps, np.array(values, dtype=float)
-
-
-def _finite(value) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-# ---- reading
-
-
-def load_arms(folders: Sequence[Path | str]) -> list[Arm]:
-    """Read run folders and group them into arms, in the order given.
-
-    An arm is labelled with its reward and with whatever else differs between arms. Raises UserError
-    for a folder without a readable config.json or metrics.jsonl, or a seed that is there twice.
-    """
-    arms: dict[str, Arm] = {}
-    configs: dict[str, dict] = {}
-    seeds: dict[tuple, Path] = {}
-    for folder in map(Path, folders):
-        config = read_config(folder)
-        rest = {key: value for key, value in config.items() if key not in NO_ARM}
-        name = json.dumps(rest, sort_keys=True)
-        twin = seeds.setdefault((name, config.get("seed")), folder)
-        if twin is not folder:
-            raise UserError(f"{folder}: the same configuration and seed as {twin}: name only one")
-        arm = arms.setdefault(name, Arm("", [], []))
-        arm.folders.append(folder)
-        arm.runs.append(load_metrics(folder))
-        configs[name] = rest
-    keys = dict.fromkeys(key for config in configs.values() for key in config)
-    differing = [key for key in keys if len({json.dumps(c.get(key)) for c in configs.values()}) > 1]
-    for name, arm in arms.items():
-        config = configs[name]
-        shown = [k for k in differing if config.get(k, "") != "" and k != "reward"]
-        rest = [f"{k}={config[k]}" for k in shown]
-        arm.label = ", ".join([str(config.get("reward", "?")), *rest])
-    return list(arms.values())
-
-
-def load_metrics(folder: Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl, with clip_frac added. Raises UserError where none is."""
-    path = folder / "metrics.jsonl"
-    try:
-        path.stat()
-        rows = read_jsonl(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}): name the folder of a run") from error
-    if not rows or not all(isinstance(row, dict) and "step" in row for row in rows):
-        raise UserError(f"{path}: holds no metrics: wait for the run's first step, or leave it out")
-    for row in rows:
-        if "clip_frac_low" in row:
-            row["clip_frac"] = row["clip_frac_low"] + row["clip_frac_high"]
-    return rows
-
-
 # ---- figure and table
 
 
 def draw(
     arms: list[Arm], path: Path | str, metrics: Sequence[str] = PANELS, smooth: int = 5
-) -> None:
+) -> Figure:
     """Save a figure with a panel a metric, 1600 pixels wide. Raises UserError for an unknown one.
 
     Of the default panels those without data are left out (a run may have no evals).
     """
-    has = {key: any(len(arm.curve(key)[0]) for arm in arms) for key in metrics}
+    has = {key: any(arm.has(key) for arm in arms) for key in metrics}
     if tuple(metrics) == PANELS:
         metrics = [key for key in metrics if has[key]]
     for key in metrics:
@@ -158,60 +77,138 @@ def draw(
             known = sorted({k for arm in arms for rows in arm.runs for row in rows for k in row})
             near = difflib.get_close_matches(key, known, 3)
             hint = f"did you mean {' or '.join(near)}?" if near else f"there is {', '.join(known)}"
-            what = "has no values in these runs" if key in known else f"no such metric: {hint}"
+            there = key in (*known, "clip_bins", "clip_pull")
+            what = "has no values in these runs" if there else f"no such metric: {hint}"
             raise UserError(f"--metrics: {key}: {what}")
     if not metrics:
         raise UserError("--metrics: nothing to draw: name one or more keys of metrics.jsonl")
     columns = {1: 1, 2: 2, 4: 2}.get(len(metrics), 3)
-    rows = math.ceil(len(metrics) / columns)
-    labels = [f"{arm.label} ({_seeds(len(arm.runs))})" for arm in arms]
-    legend_columns = max(1, min(len(arms), 115 // (max(map(len, labels)) + 6)))
-    height = 3.1 * rows + 0.8 + 0.25 * math.ceil(len(arms) / legend_columns)
-    style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(32 / 3, height), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False)
-        for axis in axes.flat[len(metrics) :]:
+    figure, axes = panels(math.ceil(len(metrics) / columns), columns, arms)
+    with matplotlib.rc_context(STYLE):
+        for axis in axes[len(metrics) :]:
             axis.remove()
-        for i, (axis, key) in enumerate(zip(axes.flat, metrics, strict=False)):
-            for j, arm in enumerate(arms):
-                _line(axis, arm, key, smooth, j)
-            axis.set_title(TITLES.get(key, key), fontsize=12)
-            axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-            axis.grid(alpha=0.25)
-            if key.startswith("clip_frac"):
-                _log_with_zero(axis, [arm.curve(key, smooth)[1] for arm in arms])
-            if i + columns >= len(metrics):
+        for i, (axis, key) in enumerate(zip(axes, metrics, strict=False)):
+            panel(axis, arms, key, smooth)
+            if i + columns >= len(metrics) and key != "clip_bins":
                 axis.set_xlabel("step")
-        handles = [axes.flat[0].plot([], [], **_look(j), linewidth=3)[0] for j in range(len(arms))]
-        place = {"loc": "outside lower center", "ncols": legend_columns, "frameon": False}
-        title = {"title": _notes(arms, smooth), "title_fontsize": 9}
-        figure.legend(handles, labels, **place, **title)
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=150)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--out={path}: cannot be written: {error}") from error
+        legend(figure, arms, notes(arms, smooth))
+        save(figure, path)
+    return figure
 
 
-def _look(number: int) -> dict:
+def panels(rows: int, columns: int, arms: list[Arm]) -> tuple[Figure, np.ndarray]:
+    """An empty figure with room for a legend below, and its axes [rows * columns]."""
+    height = 3.1 * rows + 0.8 + 0.25 * math.ceil(len(arms) / _legend_columns(arms))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(32 / 3, height), layout="constrained")
+        return figure, figure.subplots(rows, columns, squeeze=False).flatten()
+
+
+def panel(axis, arms: list[Arm], key: str, smooth: int = 5) -> None:
+    """One metric of all arms over steps (clip_bins: over the old probability)."""
+    axis.set_title(TITLES.get(key, key), fontsize=12)
+    axis.grid(alpha=0.25)
+    if key == "clip_bins":
+        _bins(axis, arms)
+        return
+    for j, arm in enumerate(arms):
+        if key == "clip_pull":
+            for side, style in SIDES.items():
+                _line(axis, arm, f"clip_pull_{side}", smooth, {**look(j), "linestyle": style})
+        else:
+            _line(axis, arm, key, smooth, look(j), MARKERS[j % len(MARKERS)])
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    if key == "clip_pull":
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.ticklabel_format(axis="y", scilimits=(-2, 3))
+        _sides(axis)
+    if key.startswith("clip_frac"):
+        _log_with_zero(axis, [arm.curve(key, smooth)[1] for arm in arms])
+
+
+def _bins(axis, arms: list[Arm]) -> None:
+    """Clip fraction above (solid) and below (dashed) by bin of the token's old probability."""
+    means = []
+    for j, arm in enumerate(arms):
+        for side, style in SIDES.items():
+            values = arm.by_bin(f"clip_{side}_bins")  # [seeds, bins]
+            if not values.size:
+                continue
+            edges = np.linspace(0, 1, values.shape[1] + 1)
+            means.append(values.mean(0))
+            shape = {**look(j), "linestyle": style, "linewidth": 1.8}
+            axis.stairs(means[-1], edges, baseline=None, **shape)
+            if len(values) > 1:
+                error = values.std(0, ddof=1) / math.sqrt(len(values))
+                middle = (edges[1:] + edges[:-1]) / 2
+                axis.errorbar(middle, means[-1], error, fmt="none", ecolor=shape["color"])
+    # a ratio has no room above 1 / p, so no token beyond these lines can be clipped from above
+    clipping = [arm.config for arm in arms if arm.config.get("clip") in ("both", "high")]
+    token_ratio = [config for config in clipping if config.get("loss", "grpo") == "grpo"]
+    for e in sorted({config["clip_high"] for config in token_ratio if "clip_high" in config}):
+        axis.axvline(1 / (1 + e), color="black", linewidth=0.8, linestyle=":")
+        axis.text(1 / (1 + e), 1.0, f"1/(1+{e:g})", ha="right", va="top", fontsize=9,
+                  rotation=90, transform=axis.get_xaxis_transform())  # fmt: skip
+    _log_with_zero(axis, means)
+    axis.set_xlim(0, 1)
+    axis.set_xlabel("old probability of the token")
+    _sides(axis)
+
+
+def _sides(axis) -> None:
+    for side, style in SIDES.items():
+        name = {"high": "clipped from above", "low": "from below"}[side]
+        axis.plot([], [], color="grey", linestyle=style, label=name)
+    axis.legend(fontsize=8, framealpha=0.8, edgecolor="none")
+
+
+def legend(figure: Figure, arms: list[Arm], title: str) -> None:
+    """The arms' names below a figure, under what it says of lines and bands."""
+    labels = [f"{arm.label} ({_seeds(len(arm.runs))})" for arm in arms]
+    handles = [Line2D([], [], **look(j), linewidth=3) for j in range(len(arms))]
+    place = {"loc": "outside lower center", "ncols": _legend_columns(arms), "frameon": False}
+    figure.legend(handles, labels, **place, title=title, title_fontsize=9)
+    warn_of_few(figure, arms)
+
+
+def warn_of_few(figure: Figure, arms: list[Arm]) -> None:
+    """Say on a figure's face where an arm has too few seeds for a conclusion."""
+    if min(len(arm.runs) for arm in arms) < 3:
+        figure.suptitle(FEW_SEEDS, color="#B00000", fontsize=13, fontweight="bold")
+
+
+def _legend_columns(arms: list[Arm]) -> int:
+    longest = max(len(f"{arm.label} ({_seeds(len(arm.runs))})") for arm in arms)
+    return max(1, min(len(arms), 115 // (longest + 6)))
+
+
+def save(figure: Figure, path: Path | str) -> None:
+    """Write a figure; its suffix chooses the format. Raises UserError where that is impossible."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--out={path}: cannot be written: {error}") from error
+
+
+def look(number: int) -> dict:
+    """Colour and line style of the arm of this number."""
     n = len(COLOURS)
     return {"color": COLOURS[number % n], "linestyle": STYLES[number // n % len(STYLES)]}
 
 
-def _line(axis, arm: Arm, key: str, smooth: int, number: int) -> None:
+def _line(axis, arm: Arm, key: str, smooth: int, style: dict, marker: str = "") -> None:
     """One arm in one panel: evals as points with bars, what is logged every step with a band."""
-    look = {**_look(number), "linewidth": 1.8}
+    style = {**style, "linewidth": 1.8}
     if key.startswith("eval_"):
         steps, mean, error = arm.curve(key)
         bars = None if np.isnan(error).all() else error
-        marker = MARKERS[number % len(MARKERS)]
-        axis.errorbar(steps, mean, bars, marker=marker, markersize=5, capsize=3, **look)
+        axis.errorbar(steps, mean, bars, marker=marker, markersize=5, capsize=3, **style)
     else:
         steps, mean, error = arm.curve(key, smooth)
-        axis.plot(steps, mean, **look)
+        axis.plot(steps, mean, **style)
         low, high = mean - error, mean + error
-        axis.fill_between(steps, low, high, color=look["color"], alpha=0.2, linewidth=0)
+        axis.fill_between(steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
 
 
 def _log_with_zero(axis, means: list[np.ndarray]) -> None:
@@ -226,7 +223,7 @@ def _seeds(n: int) -> str:
     return f"{n} seed{'s' * (n > 1)}"
 
 
-def _notes(arms: list[Arm], smooth: int) -> str:
+def notes(arms: list[Arm], smooth: int) -> str:
     """What lines, bands and bars are."""
     n = [len(arm.runs) for arm in arms]
     notes = [f"lines: mean of the last {smooth} steps (evals as they are)"] * (smooth > 1)

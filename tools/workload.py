@@ -128,7 +128,8 @@ class Step:
             self.model.requires_grad_(True)
         if cfg.gradient_checkpointing:
             checkpoint_activations(self.model)
-        self.base = partial(reference, self.model) if cfg.lora_r else None  # KL costs a forward
+        # For the log's KL, at the price of a forward.
+        self.base = partial(reference, self.model) if cfg.lora_r and cfg.reference else None
         self.settings = Config(
             lr=1e-6, updates_per_step=cfg.updates, prompts_per_step=cfg.prompts,
             group_size=cfg.group, max_new_tokens=cfg.new_tokens, rollout_rows=cfg.rollout_rows,
