@@ -55,7 +55,8 @@ class Config:
     loss_agg: LossAgg = "token_mean"  # DAPO; seq_mean: GRPO; constant: by max_new_tokens, Dr. GRPO
     kl_coef: float = 0.0  # weight of the KL to the base model in the loss
     kl_type: KLType = "k3"  # its estimator: k1, k2, k3 (grpo.kl says what each one's gradient is)
-    # Optimiser: AdamW
+    # Optimiser
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: plain, no momentum; wants a far higher lr
     lr: float = 1e-5  # LoRA wants more than full training's 5e-7: aim at a clip fraction near 1e-3
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # to 0 at the last update
     warmup: float = 0.0  # share of all updates over which lr rises linearly
@@ -74,6 +75,7 @@ class Config:
     eval_n: int = 0  # eval problems, the same ones whatever the seed; 0 = all
     eval_k: int = 1  # samples a problem (avg@k)
     eval_temperature: float = 0.0  # 0 = greedy
+    eval_new_tokens: int = 0  # response budget of evals; 0 = max_new_tokens
     log_samples: int = 4  # responses a step in samples.jsonl
     base_every: int = 1  # steps between scorings by the base model where only the log asks for it
     save_every: int = 25  # steps between checkpoints; the last step has one; 0 = only that
@@ -120,8 +122,8 @@ def check(cfg: Config) -> list[str]:
         if getattr(cfg, key) < 1:
             raise UserError(f"{key}={getattr(cfg, key)}: must be at least 1")
     no_less = ("lora_r", "lr", "kl_coef", "clip_low", "clip_high", "weight_decay", "warmup", "seed",
-               "eval_every", "eval_n", "eval_temperature", "save_every", "log_samples",
-               "threads")  # fmt: skip
+               "eval_every", "eval_n", "eval_temperature", "eval_new_tokens", "save_every",
+               "log_samples", "threads")  # fmt: skip
     for key in no_less:
         if getattr(cfg, key) < 0:
             raise UserError(f"{key}={getattr(cfg, key)}: must not be negative")
@@ -143,6 +145,8 @@ def check(cfg: Config) -> list[str]:
     warnings += _idle_losses(cfg)
     if cfg.kl_coef == 0 and cfg.kl_type != Config.kl_type:
         warnings.append(f"kl_type={cfg.kl_type} cannot act with kl_coef=0")
+    if cfg.optimizer == "sgd" and tuple(cfg.adam_betas) != Config.adam_betas:
+        warnings.append(f"adam_betas={cfg.adam_betas} cannot act with optimizer=sgd")
     if cfg.eval_k > 1 and cfg.eval_temperature == 0:
         warnings.append(
             f"eval_k={cfg.eval_k} cannot act: greedy samples (eval_temperature=0) agree"

@@ -258,7 +258,8 @@ def train(cfg: Config) -> list[dict]:
     model = load_model(name, cfg.quant, dtype, device)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    check_positions(model, cfg.max_prompt_tokens, cfg.max_new_tokens)
+    eval_tokens = cfg.eval_new_tokens or cfg.max_new_tokens
+    check_positions(model, cfg.max_prompt_tokens, max(cfg.max_new_tokens, eval_tokens))
     frozen = None
     if cfg.lora_r:
         add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.seed)
@@ -278,9 +279,13 @@ def train(cfg: Config) -> list[dict]:
         if need == "cross_logp"
     }  # fmt: skip
     watched = rewards.watched()
-    optimizer = torch.optim.AdamW(
-        trainable(model).values(), cfg.lr, cfg.adam_betas, weight_decay=cfg.weight_decay
-    )
+    weights = list(trainable(model).values())
+    if cfg.optimizer == "sgd":
+        optimizer = torch.optim.SGD(weights, cfg.lr, weight_decay=cfg.weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(
+            weights, cfg.lr, cfg.adam_betas, weight_decay=cfg.weight_decay
+        )
     per_update = math.ceil(cfg.prompts_per_step * cfg.group_size / cfg.updates_per_step)
     models = [model, *([frozen] if frozen else []), *(v.model for v in verifiers.values())]
     how, cfg.micro_batch_tokens = settle(
@@ -304,7 +309,7 @@ def train(cfg: Config) -> list[dict]:
             with phase("eval"), rollout_weights(model, how):
                 summary, graded = evaluate(
                     model, tokenizer, eval_items, cfg.eval_k, cfg.eval_temperature,
-                    cfg.max_new_tokens, cfg.seed, cfg.rollout_rows, desc=f"eval at step {step}",
+                    eval_tokens, cfg.seed, cfg.rollout_rows, desc=f"eval at step {step}",
                 )  # fmt: skip
             save_rows(graded, folder.folder / "eval" / f"step_{step:05d}.jsonl")
             return {f"eval_{key}": value for key, value in summary.items()}

@@ -96,6 +96,27 @@ def weights(folder):
 # ------------------------------------------------------------------------------------------ resume
 
 
+def test_sgd_steps_along_the_gradient(small):
+    """Plain SGD: the adapter moves by -lr times the gradient, as clipped, of each update."""
+    cfg = replace(small, optimizer="sgd", lr=0.5, steps=1, updates_per_step=1, max_grad_norm=1e9)
+    (m,) = train(cfg)
+    tensors = weights(cfg.out_dir)
+    moved = math.sqrt(sum(float((t**2).sum()) for name, t in tensors.items() if "lora_B" in name))
+    assert moved == pytest.approx(
+        0.5 * m["grad_norm"], rel=1e-4
+    )  # B starts at 0, A's gradient is 0
+
+
+def test_evals_have_a_budget_of_their_own(small):
+    """Trained on one token, measured on longer answers."""
+    cfg = replace(small, max_new_tokens=1, eval_every=2, eval_temperature=1.0)
+    short, whole = (train(replace(cfg, eval_new_tokens=n, out_dir=f"{small.out_dir}{n}"))
+                    for n in (0, 60))  # fmt: skip
+    assert short[-1]["eval_truncated"] == 1 > whole[-1]["eval_truncated"]
+    assert short[-1]["length"] == whole[-1]["length"] == 1
+    assert short[-1]["grad_norm"] == whole[-1]["grad_norm"]
+
+
 @pytest.mark.parametrize("lora_r", [4, 0])
 def test_resumed_equals_uninterrupted(small, lora_r):
     cfg = replace(small, steps=4, lora_r=lora_r, lr=1e-3, eval_every=2, eval_temperature=1.0)
@@ -589,6 +610,7 @@ def test_the_hoelder_exponent_is_linear_over_the_run():
         ({"clip": "high", "clip_low": 0.1}, "clip_low=0.1 cannot act"),
         ({"kl_type": "k1"}, "kl_type=k1 cannot act"),
         ({"eval_k": 4}, "eval_k=4 cannot act"),
+        ({"optimizer": "sgd", "adam_betas": (0.9, 0.999)}, "cannot act with optimizer=sgd"),
         ({"reward": "constant(0.5)"}, "no weight moves"),
         ({"verifier": "some/model"}, "verifier=some/model cannot act"),
     ],

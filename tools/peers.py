@@ -59,7 +59,6 @@ def without_adapter(model: nn.Module) -> Iterator[nn.Module]:
     trained is the identity, so the numbers are the same.
     """
     layers = lora_layers(model)
-    checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
 
     def put(name: str, module: nn.Module) -> None:
         parent, _, leaf = name.rpartition(".")
@@ -67,13 +66,23 @@ def without_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
     for name, layer in layers.items():
         put(name, layer.base)
-    for module in checkpointed:
-        module.gradient_checkpointing = False
     try:
-        yield model
+        with activations_kept(model):
+            yield model
     finally:
         for name, layer in layers.items():
             put(name, layer)
+
+
+@contextmanager
+def activations_kept(model: nn.Module) -> Iterator[None]:
+    """Inside, no gradient checkpointing, which would turn the KV cache of `generate` off."""
+    checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    for module in checkpointed:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
         for module in checkpointed:
             module.gradient_checkpointing = True
 
@@ -247,7 +256,8 @@ def trl_steps(
 
         def timed(*args, **kwargs):
             start = time.perf_counter()
-            out = generate(*args, logits_processor=end_at, **kwargs)
+            with activations_kept(plain):  # else it would take TRL hours
+                out = generate(*args, logits_processor=end_at, **{**kwargs, "use_cache": True})
             synchronize(device)
             steps["sample"].append(time.perf_counter() - start)
             return out
