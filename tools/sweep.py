@@ -48,7 +48,8 @@ ALL_PAIRS = 4  # up to so many arms each pair is compared, above each with the f
 class SweepConfig:
     """Grids times seeds: with [config/EXPERIMENT.py ...] [config/model/SCALE.py] [--KEY=A,B,...]"""
 
-    seeds: int = 3  # runs an arm: seeds 0 to seeds - 1
+    seeds: int = 3  # runs an arm
+    first_seed: int = 0  # they are first_seed, first_seed + 1, ...
     out: str = "out/sweep"  # folder of the runs, the table and the figure
     jobs: int = 0  # runs at a time; 0 = one on CUDA, else as many as cores and memory allow
     report: tuple[str, ...] = REPORT  # keys of metrics.jsonl; clip_frac = low + high
@@ -129,8 +130,9 @@ def plan(cfg: SweepConfig, argv: Sequence[str]) -> list[Job]:
         twin = seen.setdefault(json.dumps(asdict(config) | {"out_dir": ""}), name)
         if twin != name:
             raise UserError(f"{name} and {twin} are the same configuration: drop one")
+    seeds = range(cfg.first_seed, cfg.first_seed + cfg.seeds)
     return [Job(Path(cfg.out) / name / f"seed{seed}", [*args, f"--seed={seed}"])
-            for seed in range(cfg.seeds) for name, args in arms.items()]  # fmt: skip
+            for seed in seeds for name, args in arms.items()]  # fmt: skip
 
 
 # ---- the report
@@ -302,7 +304,7 @@ def main(argv: list[str]) -> None:
     named = {arg: arg.lstrip("-").partition("=")[0] for arg in argv if arg.startswith("-")}
     mine = [arg for arg in argv if named.get(arg) in own or arg in ("-h", "--help")]
     cfg, _ = configure(SweepConfig, mine)
-    for key, least in (("seeds", 1), ("jobs", 0), ("last", 1)):
+    for key, least in (("seeds", 1), ("first_seed", 0), ("jobs", 0), ("last", 1)):
         if getattr(cfg, key) < least:
             raise UserError(f"{key}={getattr(cfg, key)}: must be at least {least}")
     rest = [arg for arg in argv if arg not in mine]
