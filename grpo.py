@@ -161,15 +161,16 @@ def policy_loss(
 
     with torch.no_grad():
         above, below = clipped(ratio, A, mask, low, high, loss)
+        counts = bins(old_logp, mask, above + 2 * below)
         stats = {
-            "tokens": mask.sum(),
+            "tokens": counts.sum(),
             "ratio": ratio.masked_fill(~mask, 0.0).sum(),
             "ratio_max": ratio.max(),  # masked columns hold a ratio of their row, or exactly 1
-            "clip_low": below.sum(),
-            "clip_high": above.sum(),
-            "prob_bins": bins(old_logp, mask),
-            "clip_low_bins": bins(old_logp, below),
-            "clip_high_bins": bins(old_logp, above),
+            "clip_low": counts[2].sum(),
+            "clip_high": counts[1].sum(),
+            "prob_bins": counts.sum(0),
+            "clip_low_bins": counts[2],
+            "clip_high_bins": counts[1],
         }
         if alignment is not None:
             kept = cispo_cap if loss == "cispo" else 0.0
@@ -232,10 +233,13 @@ def clip_pull(removed: torch.Tensor, alignment: torch.Tensor, chosen: torch.Tens
     return (-removed * alignment)[chosen].sum()
 
 
-def bins(old_logp: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """The chosen tokens counted by their old probability, in BINS equal bins: int64 [BINS]."""
-    index = (old_logp[chosen].exp() * BINS).long().clamp(0, BINS - 1)
-    return torch.bincount(index, minlength=BINS)
+def bins(old_logp: torch.Tensor, mask: torch.Tensor, kind: torch.Tensor) -> torch.Tensor:
+    """Tokens counted by old probability, in BINS equal bins: int64 [3, BINS].
+
+    Rows: kind 0 (not clipped), 1 (from above), 2 (from below); kind and old_logp [b, R].
+    """
+    index = (old_logp[mask].exp() * BINS).long().clamp(0, BINS - 1)
+    return torch.bincount(index + BINS * kind[mask], minlength=3 * BINS).view(3, BINS)
 
 
 # ---------------------------------------------------------------------------------------------- KL

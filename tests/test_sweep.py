@@ -282,6 +282,34 @@ def test_paired_interval_is_that_of_scipy(tmp_path, capsys):
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
+def test_a_seed_counts_once_and_sweeps_are_pooled(tmp_path, capsys):
+    """--average=reward: the mean of a seed's two runs; --pool: seed 0 of either sweep is its own."""
+    coin, flipped = "reward=random_0.5", "reward=~random_0.5"
+    first = {f"off,{coin}": {0: 0.2, 1: 0.4, 2: 0.3}, f"off,{flipped}": {0: 0.6, 1: 0.5},
+             f"both,{coin}": {0: 0.7, 1: 0.8}, f"both,{flipped}": {0: 0.3, 1: 0.2}}  # fmt: skip
+    second = {name: {0: 0.1 * i, 5: 0.2} for i, name in enumerate(first)}
+    for name, values in (("a", first), ("b", second)):
+        (tmp_path / name).mkdir()
+        write_sweep(tmp_path / name, values)
+    report = ["--only_report=True", "--average=reward", "--report=accuracy", "--last=1"]
+    sweep.main([*report, f"--out={tmp_path}/a"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["arms"]["off"]["accuracy"]["values"] == pytest.approx([0.4, 0.45])
+    assert result["arms"]["both"]["accuracy"]["values"] == pytest.approx([0.5, 0.5])
+    sweep.main([*report, f"--out={tmp_path}/a", f"--pool={tmp_path}/b"])
+    printed = capsys.readouterr().out
+    result = json.loads(printed.splitlines()[-1])
+    assert result["arms"]["off"]["accuracy"]["values"] == pytest.approx([0.4, 0.45, 0.05, 0.2])
+    both, off = [0.5, 0.5, 0.25, 0.2], [0.4, 0.45, 0.05, 0.2]
+    expected = stats.ttest_rel(both, off).confidence_interval(0.95)
+    (pair,) = result["pairs"]
+    assert (pair["a"], pair["n"]) == ("off", 4)
+    assert (pair["low"], pair["high"]) == pytest.approx((expected.low, expected.high))
+    assert "A seed counts once, as the mean of its runs over reward." in printed
+    with pytest.raises(UserError, match="average=clip: no two arms differ in it alone"):
+        sweep.main(["--only_report=True", f"--out={tmp_path}/a", "--average=clip"])
+
+
 def test_report_of_few_seeds_and_of_many_arms(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "draw", lambda arms, path, *keys: drawn.append((arms, *keys)))
     drawn: list = []

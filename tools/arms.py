@@ -107,6 +107,15 @@ def load_arms(folders: Sequence[Path | str]) -> list[Arm]:
     return list(arms.values())
 
 
+def mean_run(runs: Sequence[list[dict]]) -> list[dict]:
+    """Runs of equal length as one: the mean of each number that all have at a step."""
+    return [
+        {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]
+         if all(finite(row.get(key)) for row in rows)}
+        for rows in zip(*runs, strict=True)
+    ]  # fmt: skip
+
+
 def load_metrics(folder: Path) -> list[dict]:
     """The rows of a run's metrics.jsonl, with clip_frac added. Raises UserError where none is."""
     path = folder / "metrics.jsonl"

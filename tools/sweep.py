@@ -15,7 +15,10 @@ A learning rate is found by the clip fraction, near 1e-3 (README, "Learning rate
         --steps=10 --seeds=2 --eval_every=0 --report=clip_frac,kl,accuracy --out=out/lr
 
 OUT gets table.md and figure.png; the last line printed is JSON. `--only_report=True --out=OUT`
-reports on what is complete, without running, also beside a sweep that runs.
+reports on what is complete, without running, also beside a sweep that runs; --pool=OTHER adds the
+seeds of another sweep of the same arms. --average=reward takes arms that differ in their reward for
+one, and the mean of a seed's runs for one measurement: with --reward='random(0.5),~random(0.5)',
+where the same coins lie the other way, what a run owes to its coins largely cancels.
 """
 
 import difflib
@@ -34,7 +37,7 @@ from scipy import stats
 from checkpoint import read_config, write_json
 from configurator import UserError, configure, run
 from settings import Config, check
-from tools.arms import Arm, finite, load_metrics
+from tools.arms import Arm, finite, load_metrics, mean_run
 from tools.jobs import Job, how_many, run_all, state
 from tools.plot import FEW_SEEDS, MOST_ARMS, draw
 
@@ -54,7 +57,9 @@ class SweepConfig:
     jobs: int = 0  # runs at a time; 0 = one on CUDA, else as many as cores and memory allow
     report: tuple[str, ...] = REPORT  # keys of metrics.jsonl; clip_frac = low + high
     last: int = 10  # steps at the end of a run whose mean is reported (of eval_* and clip_* not)
+    average: str = ""  # a key with a list, over whose values each seed's runs are averaged
     only_report: bool = False  # report on the complete runs of out, run nothing
+    pool: tuple[str, ...] = ()  # more folders of the same arms, whose runs are further seeds
 
 
 # ---- the plan
@@ -163,6 +168,28 @@ def load_sweep(out: Path) -> list[Arm]:
     return arms
 
 
+def average(arms: list[Arm], key: str) -> list[Arm]:
+    """Arms that differ in `key` alone as one, with one run a seed: the mean of theirs."""
+    together: dict[str, list[Arm]] = {}
+    for arm in arms:
+        parts = [part for part in arm.label.split(",") if not part.startswith(f"{key}=")]
+        together.setdefault(",".join(parts) or key, []).append(arm)
+    if len(together) == len(arms):
+        raise UserError(f"average={key}: no two arms differ in it alone: sweep it, --{key}=A,B")
+    result = []
+    for name, members in together.items():
+        runs = [dict(zip(map(seed_of, arm.folders), arm.runs, strict=True)) for arm in members]
+        folders = [f for f in members[0].folders if all(seed_of(f) in r for r in runs)]
+        means = [mean_run([r[seed_of(folder)] for r in runs]) for folder in folders]
+        result.append(Arm(name, folders, means, members[0].config))
+    return result
+
+
+def seed_of(folder: Path) -> tuple[str, int]:
+    """What runs of two arms share: the sweep OUT and N, of the folder OUT/ARM/seedN."""
+    return str(folder.parent.parent), int(folder.name.removeprefix("seed"))
+
+
 def outcome(rows: list[dict], key: str, last: int) -> float:
     """What a run says of a key: the last eval, the whole run's mean (clip_*), or the mean of the
     last so many steps. nan where there is nothing."""
@@ -192,8 +219,8 @@ def summarize(arms: list[Arm], keys: Sequence[str], last: int) -> dict:
     result: dict = {"arms": {}, "pairs": []}
     by_seed: dict[tuple, dict] = {}
     for arm in arms:
-        seeds = [int(folder.name.removeprefix("seed")) for folder in arm.folders]
-        entry: dict = {"seeds": seeds}
+        seeds = [seed_of(folder) for folder in arm.folders]
+        entry: dict = {"seeds": [seed for _, seed in seeds]}
         for key in keys:
             values = [outcome(rows, key, last) for rows in arm.runs]
             by_seed[arm.label, key] = dict(zip(seeds, values, strict=True))
@@ -233,7 +260,7 @@ def _show(key: str, value: float | None, sign: str = "") -> str:
     return f"{value:{sign}.1e}" if key.startswith(SMALL) and value else f"{value:{sign}.4g}"
 
 
-def markdown(result: dict, keys: Sequence[str], last: int) -> str:
+def markdown(result: dict, keys: Sequence[str], last: int, averaged: str = "") -> str:
     """The two tables of a report: the arms, and the differences of pairs of them."""
     heads = [key + " %" * key.endswith(PERCENT) for key in keys]
     few = min(len(arm["seeds"]) for arm in result["arms"].values()) < 3
@@ -246,8 +273,9 @@ def markdown(result: dict, keys: Sequence[str], last: int) -> str:
             shown = "" if error is None else f" ± {_show(key, error)}"
             cells.append("-" if mean is None else _show(key, mean) + shown)
         lines.append(_row(name, str(len(arm["seeds"])), *cells))
+    once = f" A seed counts once, as the mean of its runs over {averaged}." * bool(averaged)
     lines += ["", f"Mean ± 1 standard error over seeds. eval_*: the last eval; clip_*: mean of the "
-              f"whole run; others: mean of the last {last} steps."]  # fmt: skip
+              f"whole run; others: mean of the last {last} steps.{once}"]  # fmt: skip
     if not result["pairs"]:
         return "\n".join(lines)
     lines += ["", _row("difference", "n", *heads), "|---|" + "--:|" * (1 + len(keys))]
@@ -275,6 +303,14 @@ def report(cfg: SweepConfig) -> dict:
     """Print and write table.md, draw figure.png; returns the figures."""
     out = Path(cfg.out)
     arms = load_sweep(out)
+    for folder in cfg.pool:
+        others = {arm.label: arm for arm in load_sweep(Path(folder))}
+        for arm in arms:
+            if arm.label in others:
+                arm.folders += others[arm.label].folders
+                arm.runs += others[arm.label].runs
+    if cfg.average:
+        arms = average(arms, cfg.average)
     done = [arm for arm in arms if arm.runs]
     if not done:
         raise UserError(f"{out}: no run of it is complete: run the sweep first")
@@ -288,7 +324,7 @@ def report(cfg: SweepConfig) -> dict:
         hint = f": did you mean {' or '.join(near)}?" if near and missing not in known else ""
         raise UserError(f"report={missing}: no number of that name in these runs{hint}")
     result = summarize(arms, keys, cfg.last)
-    text = markdown(result, keys, cfg.last)
+    text = markdown(result, keys, cfg.last, cfg.average)
     (out / "table.md").write_text(text + "\n")
     print(f"\n{text}\n\ntable: {out}/table.md")
     if len(done) <= MOST_ARMS:
@@ -319,7 +355,10 @@ def main(argv: list[str]) -> None:
         write_json(Path(cfg.out) / "sweep.json", {"arms": arms, "argv": argv})
         run_all(jobs, at_once, Path(cfg.out))
     elif rest:
-        raise UserError(f"{rest[0]}: only_report reads the folder: name --out, --report and --last")
+        raise UserError(
+            f"{rest[0]}: only_report reads the folder: its options are --out, --report, "
+            "--last, --average and --pool"
+        )
     print(json.dumps(report(cfg)))
 
 
