@@ -283,7 +283,7 @@ def test_paired_interval_is_that_of_scipy(tmp_path, capsys):
 
 
 def test_a_seed_counts_once_and_sweeps_are_pooled(tmp_path, capsys):
-    """--average=reward: the mean of a seed's two runs; --pool: seed 0 of either sweep is its own."""
+    """--average: the mean of a seed's two runs; --pool: seed 0 of either sweep is its own."""
     coin, flipped = "reward=random_0.5", "reward=~random_0.5"
     first = {f"off,{coin}": {0: 0.2, 1: 0.4, 2: 0.3}, f"off,{flipped}": {0: 0.6, 1: 0.5},
              f"both,{coin}": {0: 0.7, 1: 0.8}, f"both,{flipped}": {0: 0.3, 1: 0.2}}  # fmt: skip
