@@ -24,8 +24,7 @@ from slots import Rows, Slots
 
 # First key of the noise: training, eval and majority labels never share a stream.
 TRAIN_NOISE, EVAL_NOISE, LABEL_NOISE = 1, 2, 3
-PREFILL_TOKENS = 16_384  # prompt tokens, padded, of one prefill
-PROMPT_STEP = 64  # the longest prompt counts as a multiple of so many tokens where slots are static
+PREFILL_TOKENS = 16_384  # prompt tokens, padded, read at once; until placed they are held, too
 STATIC_DEVICES = ("cuda",)  # where slots are static (slots.Slots)
 
 
@@ -72,21 +71,19 @@ class Progress:
 def prefill(model: nn.Module, prompts: list[list[int]]) -> list[Prompt]:
     """Read prompts (token ids), right-padded: a causal model never looks right, so no mask."""
     device = next(model.parameters()).device
+    lens = torch.tensor([len(p) for p in prompts], device=device)
+    P = int(lens.max())
+    padded = torch.tensor([p + [0] * (P - len(p)) for p in prompts], device=device)  # [u, P]
+    cache = PrefillCache()
+    hidden = backbone(model)(padded, past_key_values=cache, use_cache=True).last_hidden_state
+    last = hidden[torch.arange(len(prompts), device=device), lens - 1]  # [u, H]
     found = []
-    size = max(1, PREFILL_TOKENS // max(map(len, prompts), default=1))
-    for chunk in (prompts[i : i + size] for i in range(0, len(prompts), size)):
-        lens = torch.tensor([len(p) for p in chunk], device=device)
-        P = int(lens.max())
-        padded = torch.tensor([p + [0] * (P - len(p)) for p in chunk], device=device)  # [u, P]
-        cache = PrefillCache()
-        hidden = backbone(model)(padded, past_key_values=cache, use_cache=True).last_hidden_state
-        last = hidden[torch.arange(len(chunk), device=device), lens - 1]  # [u, H]
-        for i, (prompt, logits) in enumerate(zip(chunk, head(model)(last), strict=True)):
-            keys, values = (
-                [layer[i, :, : len(prompt)] for layer in layers]
-                for layers in (cache.keys, cache.values)
-            )
-            found.append(Prompt(keys, values, logits))
+    for i, (prompt, logits) in enumerate(zip(prompts, head(model)(last), strict=True)):
+        keys, values = (
+            [layer[i, :, : len(prompt)] for layer in layers]
+            for layers in (cache.keys, cache.values)
+        )
+        found.append(Prompt(keys, values, logits))
     return found
 
 
@@ -121,10 +118,12 @@ def generate(
     lens = torch.tensor([len(p) for p in prompts]).repeat_interleave(group_size)
     shape = (B, max_new_tokens, end_ids, (temperature, top_p, top_k))
     with decoding(model):
-        slots = _slots(model, shape, min(B, max_rows), int(lens.max()))
+        key, slots = _slots(model, shape, min(B, max_rows), int(lens.max()))
         rows = slots.rows
         rows.begin(uniform, budget, lens)
         _decode_all(model, prompts, group_size, slots, progress)
+    if slots.static:  # for the next call; not where this one failed
+        model.static_slots = (key, slots)
     length, finished = rows.length.cpu(), rows.finished.cpu()
     response, logp = rows.response.cpu(), rows.logp.cpu()
 
@@ -145,14 +144,16 @@ def _decode_all(model, prompts, group_size, slots, progress):
     # Looking whether rows have ended waits for the GPU, so it is done every few tokens there.
     every = 1 if device.type == "cpu" else 8
     ready: dict[int, Prompt] = {}  # prompts that rows still need
+    at_once = max(1, PREFILL_TOKENS // max(map(len, prompts)))
     free, arrived, counted, ticks = list(range(slots.n)), 0, (0, 0), 0
     while True:
         if free:  # waiting rows move in
             new = list(range(arrived, min(arrived + len(free), B)))
             taken, arrived = free[: len(new)], arrived + len(new)
-            needed = sorted({r // group_size for r in new} - ready.keys())
-            ready |= zip(needed, prefill(model, [prompts[p] for p in needed]), strict=True)
             for p in dict.fromkeys(r // group_size for r in new):
+                if p not in ready:
+                    last = min(p + at_once, new[-1] // group_size + 1)
+                    ready |= zip(range(p, last), prefill(model, prompts[p:last]), strict=True)
                 group = [(slot, r) for slot, r in zip(taken, new, strict=True)
                          if r // group_size == p]  # fmt: skip
                 slots.place(*map(list, zip(*group, strict=True)), ready[p])
@@ -173,27 +174,22 @@ def _decode_all(model, prompts, group_size, slots, progress):
         ticks += 1
 
 
-def _slots(model, shape, n, longest) -> Slots:
-    """n new slots; where they are static, those of the last call if it was of the same shape.
+def _slots(model, shape, n, longest) -> tuple[tuple, Slots]:
+    """n slots and what they hold for: new ones; where static, the last call's if they do.
 
     shape: see slots.Rows; longest: tokens of the longest prompt.
     """
     device = next(model.parameters()).device
     static = device.type in STATIC_DEVICES
-    if static:
-        longest = -(-longest // PROMPT_STEP) * PROMPT_STEP  # so that most calls are
-    key = (repr(shape), n, longest, rollout_address(model))
-    kept = getattr(model, "static_slots", None)
+    key = (repr(shape), n, rollout_address(model))
+    kept_key, kept = getattr(model, "static_slots", None) or (None, None)
     drop_slots(model)
-    if kept and kept[0] == key:
-        kept[1].begin()
-        slots = kept[1]
+    if kept_key == key and kept.longest >= longest:
+        kept.begin()
     else:
-        del kept  # its memory, before new buffers want some
-        slots = Slots(model, Rows(*shape, device), n, longest, static)
-    if static:
-        model.static_slots = (key, slots)
-    return slots
+        kept = None  # its memory goes before new buffers want some
+        kept = Slots(model, Rows(*shape, device), n, longest, static)
+    return key, kept
 
 
 def drop_slots(model: nn.Module) -> None:

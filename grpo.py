@@ -212,10 +212,10 @@ def clipped(
 
     ratio [b, R], A [b, 1]. These lose their gradient: ratio > high and A > 0, or ratio < low and
     A < 0; all tokens of a response together where the ratio is the response's. CISPO's are those
-    beyond the cap, whatever the sign of A: their gradient is scaled down, and none is lost.
+    beyond the cap, whatever the sign of A (0 apart): their gradient is scaled down, none is lost.
     """
     above, below = mask & (ratio > high), mask & (ratio < low)
-    return (above, below) if loss == "cispo" else (above & (A > 0), below & (A < 0))
+    return above & ((A > 0) | (A != 0) & (loss == "cispo")), below & (A < 0)
 
 
 def clip_pull(removed: torch.Tensor, alignment: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
@@ -238,8 +238,9 @@ def bins(old_logp: torch.Tensor, mask: torch.Tensor, kind: torch.Tensor) -> torc
 
     Rows: kind 0 (not clipped), 1 (from above), 2 (from below); kind and old_logp [b, R].
     """
-    index = (old_logp[mask].exp() * BINS).long().clamp(0, BINS - 1)
-    return torch.bincount(index + BINS * kind[mask], minlength=3 * BINS).view(3, BINS)
+    index = (old_logp.exp() * BINS).long().clamp(0, BINS - 1) + BINS * kind
+    index = index.masked_fill(~mask, 3 * BINS)  # one more bin, for what is not in the loss
+    return torch.bincount(index.flatten(), minlength=3 * BINS + 1)[:-1].view(3, BINS)
 
 
 # ---------------------------------------------------------------------------------------------- KL

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from configurator import UserError
-from engine import drop_slots
+from engine import PREFILL_TOKENS, STATIC_DEVICES, drop_slots
 from lora import computation_dtype, lora_layers, merged, trainable
 from model import LOGITS_CHUNK, head, token_stats
 
@@ -55,21 +55,22 @@ class Plan:
     activations: int  # of the largest micro-batch, as the run has them
     activations_else: int  # with gradient checkpointing on instead of off, or off instead of on
     logits: int  # one chunk of the head, forward and backward
-    sampled: int  # logits and distributions of rollout_rows rows, one decoding step
+    sampled: int  # logits and distributions of a decoding step, or a prefill if it takes more
     device: int
     tokens: int  # of the largest micro-batch
     rows: int  # rollout_rows
     checkpointing: bool
+    static: bool  # whether decoding keeps its cache (slots.Slots)
 
     def need(self, how: Rollout) -> int:
-        """Bytes in use at once. The cache may stay through the update (a graph captured over it),
-        unless the copy is freed, which ends whatever was captured over both."""
-        resident = self.weights + self.trained
+        """Bytes in use at once. A static cache, and what graphs over it compute, stays through the
+        update; freeing the copy frees it, too."""
+        resident = self.weights + self.trained + (self.merged if how == "kept" else 0)
+        rollout = self.cache + self.sampled + (self.merged if how == "freed" else 0)
         update = self.activations + self.logits
-        rollout = self.cache + (0 if how == "adapter" else self.merged)
-        if how == "freed":
-            return resident + max(rollout + self.sampled, update)
-        return resident + rollout + max(self.sampled, update)
+        if self.static and how != "freed":
+            return resident + rollout + update
+        return resident + max(rollout, update)
 
     def choose(self, wanted: str) -> tuple[Rollout, str]:
         """How decoding holds its weights, and why. wanted: auto, merged, adapter."""
@@ -99,7 +100,7 @@ class Plan:
             ),
             (self.merged, f"merged rollout copy{gone[how]}"),
             (self.cache, f"KV cache of {self.rows} rows"),
-            (self.sampled, "logits of a decoding step"),
+            (self.sampled, "a decoding step or a prefill"),
             (
                 self.activations,
                 f"activations of {self.tokens} tokens, about ({state[0]} gradient checkpointing: "
@@ -148,7 +149,7 @@ def plan(
     recomputed = tokens * (n_layers * s * H + layer_bytes + gradients)
     # Logits of a chunk: once as the head gives them, and five times in fp32: themselves, and in
     # backward the shares of logsumexp and of the gathered token. Of a decoding step: as the head
-    # gives them, in fp32, and as probabilities.
+    # gives them, in fp32, and as probabilities. A prefill holds keys and values, and one layer.
     V = head(model).weight.shape[0]
     per_logit = s + 5 * 4
     chunk = min(max(1, LOGITS_CHUNK // V), tokens)
@@ -163,11 +164,16 @@ def plan(
         activations=recomputed if checkpointing else kept,
         activations_else=kept if checkpointing else recomputed,
         logits=chunk * V * per_logit,
-        sampled=rollout_rows * V * (s + 2 * 4),
+        sampled=max(
+            rollout_rows * V * (s + 2 * 4),
+            min(PREFILL_TOKENS, rollout_rows * total_tokens)
+            * (_cache_elements(c) * s + layer_bytes),
+        ),
         device=device_memory(next(model.parameters()).device),
         tokens=tokens,
         rows=rollout_rows,
         checkpointing=checkpointing,
+        static=next(model.parameters()).device.type in STATIC_DEVICES,
     )
 
 
@@ -219,20 +225,23 @@ def settle(
     max_new_tokens: int,
     rollout_rows: int,
     checkpointing: bool,
+    eval_new_tokens: int = 0,
 ) -> tuple[Rollout, int]:
     """Print the plan, choose the rollout weights, try the worst case.
 
     models: all that are loaded, the trained one first; wanted: auto, merged or adapter;
-    rows_in_update: responses of a mini-batch. Returns the rollout weights and micro_batch_tokens
-    that the run is to use. UserError where it cannot fit.
+    rows_in_update: responses of a mini-batch; eval_new_tokens: where evals decode more. Returns
+    the rollout weights and micro_batch_tokens that the run is to use. UserError where it cannot
+    fit.
     """
     lengths = (max_prompt_tokens, max_new_tokens)
     rows, T = largest_micro_batch(micro_batch_tokens, rows_in_update, *lengths)
-    planned = plan(models, rows * T, sum(lengths), rollout_rows, checkpointing)
+    decoded = max_prompt_tokens + max(max_new_tokens, eval_new_tokens)
+    planned = plan(models, rows * T, decoded, rollout_rows, checkpointing)
     how, reason = planned.choose(wanted)
     print(planned.table(how))
     print(f"rollout weights: {reason}")
-    tried = (micro_batch_tokens, rows_in_update, *lengths, rollout_rows, how)
+    tried = (micro_batch_tokens, rows_in_update, *lengths, rollout_rows, how, decoded)
     return how, worst_case(models[0], *tried)
 
 
@@ -259,25 +268,30 @@ def worst_case(
     max_new_tokens: int,
     rollout_rows: int,
     how: Rollout = "adapter",
+    decoded: int = 0,
 ) -> int:
     """Settle micro_batch_tokens: try the largest micro-batch, forward and backward beside AdamW's
     moments, and halve it until it fits; first, the rollout weights with a full KV cache.
 
+    decoded: tokens of the longest row in the cache, where they are more than those of an update.
     Memory then fails here, or never. Says in a line what was settled and what the peak was;
     UserError, which names the knobs, where rollouts or one row do not fit.
     """
     lengths = (max_prompt_tokens, max_new_tokens)
     longest = sum(lengths)
-    moments = []
+    columns = max(longest, decoded)
+    held = []  # what stays through the update
     try:
         with rollout_weights(model, how):
-            moments += [torch.empty_like(p) for p in trainable(model).values() for _ in range(2)]
-            if model.device.type == "cuda":
-                shape = (rollout_rows, longest, _cache_elements(model.config))
-                torch.empty(shape, dtype=model.dtype, device=model.device)
+            held += [torch.empty_like(p) for p in trainable(model).values() for _ in range(2)]
+            if model.device.type in STATIC_DEVICES:
+                shape = (rollout_rows, columns, _cache_elements(model.config))
+                cache = torch.empty(shape, dtype=model.dtype, device=model.device)
+                held += [cache] * (how != "freed")
+                del cache
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"out of GPU memory on the cache of {rollout_rows} rows x {longest} tokens: lower "
+            f"out of GPU memory on the cache of {rollout_rows} rows x {columns} tokens: lower "
             "--rollout_rows or --max_new_tokens, or use --rollout_weights=adapter or --quant=nf4"
         ) from error
     settled = micro_batch_tokens

@@ -141,12 +141,16 @@ class Slots:
 
     def _capture(self, key: tuple) -> None:
         """Keep this step's kernels, which have just run and so are warm, for the next ones."""
+        stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
         # One memory pool for all: what a graph computes on the way is of no use to another.
         pool = next((graph.pool() for graph in self.graphs.values()), None)
         try:
             self.graphs[key] = capture(self._step, pool)
         except RuntimeError as error:
-            self.captures = False
+            if stream:  # a capture that fails late leaves its own stream in place
+                torch.cuda.set_stream(stream)
+            global GRAPH_DEVICES  # it would fail again
+            self.captures, GRAPH_DEVICES = False, ()
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             warnings.warn(f"decoding goes on without CUDA graphs: {reason}", stacklevel=2)
 

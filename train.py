@@ -290,7 +290,7 @@ def train(cfg: Config) -> list[dict]:
     models = [model, *([frozen] if frozen else []), *(v.model for v in verifiers.values())]
     how, cfg.micro_batch_tokens = settle(
         models, cfg.rollout_weights, cfg.micro_batch_tokens, per_update, cfg.max_prompt_tokens,
-        cfg.max_new_tokens, cfg.rollout_rows, cfg.gradient_checkpointing,
+        cfg.max_new_tokens, cfg.rollout_rows, cfg.gradient_checkpointing, eval_tokens,
     )  # fmt: skip
     if cfg.lora_r:
         cfg.rollout_weights = "adapter" if how == "adapter" else "merged"

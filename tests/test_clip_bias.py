@@ -9,7 +9,8 @@ import torch
 
 from configurator import run
 from tools import clip_bias
-from tools.clip_bias import ClipBiasConfig, arms, mean_se, start, walk
+from tools.clip_bias import ClipBiasConfig, arms, start, walk
+from tools.clip_tables import mean_se
 
 
 def ends(cfg, labels=None, steps=20, contexts=64, step_sizes=(0.8,)):
@@ -137,14 +138,6 @@ def test_formula_against_measurement():
         assert r["formula"] < -4 * r["se"] < 0 and r["clip_frac"] > 0
 
 
-def test_wilson():
-    """Against scipy."""
-    stats = pytest.importorskip("scipy.stats")
-    for k in (0, 7, 20):
-        theirs = stats.binomtest(k, 20).proportion_ci(method="wilson")
-        assert clip_bias.wilson(k, 20, 1.959964) == pytest.approx(tuple(theirs), abs=1e-6)
-
-
 # ---- the command
 
 
@@ -158,6 +151,9 @@ def test_command(tmp_path, capsys):
     assert table in out and len(re.findall(r"^\| off ", table, re.M)) == 4
     mean, se = result["mean_and_se"]["table"]["null: step size 0"]
     assert mean[0] == pytest.approx([0.65, 0.65]) and se[0] == [0, 0]
+    p = re.search(r"^\| null: step size 0 .* (\d\.\d+) \((\S+) to (\S+)\) \|$", table, re.M)
+    # all of 20 are still above 1/2: Wilson's lower end is 1 / (1 + z^2 / n)
+    assert [float(x) for x in p.groups()] == pytest.approx([1, 1 / (1 + 1.96**2 / 20), 1], abs=6e-4)
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,13 @@ def test_with_lr_0_every_ratio_is_exactly_1(small, dtype, quant):
         assert m["grad_norm"] > 0
 
 
+@pytest.mark.parametrize("loss", ["gspo", "cispo", "hoelder"])
+def test_with_lr_0_no_arm_clips(small, loss):
+    for m in train(replace(small, lr=0.0, loss=loss)):
+        assert m["ratio_mean"] == 1 and m["ratio_max"] == 1
+        assert m["clip_frac_low"] == 0 and m["clip_frac_high"] == 0
+
+
 def test_the_first_ratio_of_every_step_is_exactly_1(small, monkeypatch):
     """Also after the weights have moved: old_logp is this step's."""
     first = []
@@ -431,7 +438,8 @@ def test_one_update_a_step_makes_all_arms_one(one_step):
     """At the same aggregation, up to rounding; the clip arms to the bit."""
     base = {"updates_per_step": 1, "loss_agg": "seq_mean"}
     plain = one_step(base)
-    assert all(torch.equal(plain[k], v) for k, v in one_step(base | {"clip": "off"}).items())
+    for clip in ("high", "low", "off"):
+        assert all(torch.equal(plain[k], v) for k, v in one_step(base | {"clip": clip}).items())
     for loss in ("gspo", "cispo", "hoelder"):
         other = one_step(base | {"loss": loss})
         assert all(torch.allclose(plain[k], other[k], atol=2e-4) for k in plain)

@@ -11,6 +11,7 @@ eval_new_tokens = 56  # whole answers
 prompts_per_step = 32
 micro_batch_tokens = 4096
 optimizer = "sgd"
+max_grad_norm = 1e9  # plain SGD; with an adapter no norm comes near 1
 quant = "none"
 lora_r = 0
 lr = 0.007
