@@ -125,6 +125,19 @@ def test_clip_fraction_by_bin_is_weighted_by_the_tokens(tmp_path):
     assert len(arm.curve("clip_high_bins")[0]) == 0  # a list is no number, and no error
 
 
+def test_a_bin_that_a_seed_lacks_is_the_mean_of_the_others(tmp_path):
+    runs = [write_bins(tmp_path / str(seed), seed) for seed in range(3)]
+    row = {"step": 1, "prob_bins": [1.0, 0.0, 0.0], "clip_high_bins": [0.1, None, None],
+           "clip_low_bins": [0.0, None, None]}  # fmt: skip
+    save_rows([row], runs[0] / "metrics.jsonl")  # no token in the last bin
+    figure = plot.draw(plot.load_arms(runs), tmp_path / "f.png", ("clip_bins",))
+    high, _ = figure.axes[0].patches
+    # seeds 1 and 2: .4 x .01 and .4 x .02, of .8 + .4
+    assert high.get_data().values == pytest.approx([0.3, np.nan, 0.005], nan_ok=True)
+    _, _, (bars,) = figure.axes[0].containers[0].lines
+    assert np.ptp(bars.get_segments()[2][:, 1]) == pytest.approx(0.4 * 0.01 / 1.2)
+
+
 def test_clip_panels_draw_both_sides_and_the_line(folders, tmp_path):
     runs = [write_bins(tmp_path / f"b{seed}", seed) for seed in range(3)]
     runs += [write_bins(tmp_path / f"g{seed}", seed, loss="gspo", clip="high") for seed in range(3)]
@@ -135,6 +148,7 @@ def test_clip_panels_draw_both_sides_and_the_line(folders, tmp_path):
     assert verticals == pytest.approx([0.8])
     assert len(bins.patches) == 4 and len(pull.collections) == 4  # two arms x two sides
     assert "likeliest" in pull.get_title()
+    assert "clip pull: per token" in figure.legends[0].get_title().get_text()
     for key in ("clip_bins", "clip_pull"):
         with pytest.raises(UserError, match="has no values in these runs"):
             plot.draw(plot.load_arms(folders), tmp_path / "f.png", (key,))
@@ -232,17 +246,37 @@ def test_figures_are_drawn_beside_the_published(tmp_path, monkeypatch):
     assert (tmp_path / "clip.png").stat().st_size > 10_000
 
 
+def test_the_clip_figure_compares_whatever_sets_the_clip(folders, tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(plot, "save", lambda figure, path: saved.append(path))
+    others = {"higher": {"clip_high": 0.28}, "gspo": {"loss": "gspo"}, "cispo": {"loss": "cispo"}}
+    for name, changes in others.items():
+        run = write_run(tmp_path / name, **changes)
+        figures.main(["clip", str(folders[0]), str(run), f"--out={name}.png"])
+    assert saved == ["higher.png", "gspo.png", "cispo.png"]
+    old = write_run(tmp_path / "old", 1, clip_high=0.2)  # the default, which the others do not name
+    with pytest.raises(UserError, match="all runs have loss=grpo, clip=both, clip_low=0.2"):
+        figures.main(["clip", str(folders[0]), str(old)])
+
+
 def test_errors_of_figures_are_one_line(folders, tmp_path):
     a, b = str(folders[0]), str(folders[1])
     write_evals(folders[1], [[("so", 0)]], [[("so", 1), ("so", 1)]])
     bare = write_run(tmp_path / "bare")
     save_rows([{"step": 1, "reward": 0.5}], bare / "metrics.jsonl")
+    late = write_run(tmp_path / "late")
+    start = {"step": 0, "eval_accuracy": None, "eval_code_frequency": 0.5}
+    save_rows([start, {"step": 2, "eval_accuracy": 0.5}], late / "metrics.jsonl")
+    half, short = (str(write_run(tmp_path / name, reward=reward))
+                   for name, reward in (("half", "random(0.5)"), ("short", "random")))  # fmt: skip
     for argv, words in [
         ([], "no figure named: name one of rewards"),
         (["reward", a], "reward: name one of rewards"),
         (["rewards"], "no runs named"),
-        (["rewards", str(bare)], "bare: has no eval_accuracy"),
-        (["clip", a, b], "all runs have clip=both"),
+        (["rewards", str(bare)], "bare: has no eval_accuracy before training"),
+        (["rewards", str(late)], "late: has no eval_accuracy before training"),
+        (["clip", a, b], "all runs have loss=grpo, clip=both"),
+        (["gamma", half, short], r"short: random is random\(0.5\) of .*half, written otherwise"),
         (["gamma", a], "its reward is format"),
         (["transitions", a], "no eval/step_00000.jsonl"),
         (["transitions", b], "step_00040.jsonl: not the problems and samples of step_00000.jsonl"),

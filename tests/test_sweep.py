@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 from dataclasses import asdict
@@ -13,7 +14,8 @@ from test_figures import write_run
 
 import configurator
 from configurator import UserError
-from tools import demo, jobs, plot, sweep
+from tools import demo, jobs, plot, report, sweep
+from tools.arms import Arm
 
 # ---- demo and jobs
 
@@ -233,23 +235,27 @@ def test_outcome_of_a_run_by_hand():
             {"step": 1, "accuracy": 0.2, "clip_frac": 0.0, "clip_high_bins": [0.5, None]},
             {"step": 2, "accuracy": 0.4, "clip_frac": 0.03, "kl": None, "eval_accuracy": 0.3},
             {"step": 3, "accuracy": 0.8, "clip_frac": 0.0, "kl": None}]  # fmt: skip
-    assert sweep.outcome(rows, "eval_accuracy", 2) == 0.3
-    assert sweep.outcome(rows, "clip_frac", 2) == pytest.approx(0.01)
-    assert sweep.outcome(rows, "accuracy", 2) == pytest.approx(0.6)
-    assert np.isnan(sweep.outcome(rows, "kl", 2))
-    assert np.isnan(sweep.outcome(rows, "clip_high_bins", 2))
+    assert report.outcome(rows, "eval_accuracy", 2) == 0.3
+    assert report.outcome(rows, "clip_frac", 2) == pytest.approx(0.01)
+    assert report.outcome(rows, "accuracy", 2) == pytest.approx(0.6)
+    assert np.isnan(report.outcome(rows, "kl", 2))
+    assert np.isnan(report.outcome(rows, "clip_high_bins", 2))
 
 
-def write_sweep(out, values):
-    """A sweep's folder with complete runs of 4 steps: arm -> seed -> final accuracy."""
+def write_sweep(out, values, args=None, **changes):
+    """A sweep's folder with complete runs of 4 steps: arm -> seed -> final accuracy.
+
+    args: arm -> train.py arguments (None: the same of all); changes: of every config.json.
+    """
     for name, seeds in values.items():
         for seed, value in seeds.items():
-            job = jobs.Job(out / name / f"seed{seed}", [*RUN, f"--seed={seed}", "--steps=4"])
+            more = [f"--seed={seed}", "--steps=4"]
+            job = jobs.Job(out / name / f"seed{seed}", [*(args[name] if args else RUN), *more])
             rows = [{"step": 0, "eval_accuracy": 0.5, "eval_code_frequency": 0.6},
                     {"step": 4, "eval_accuracy": value, "eval_code_frequency": value / 2,
                      "accuracy": value, "clip_frac_low": 0.001,
                      "clip_frac_high": 4e-4}]  # fmt: skip
-            write_complete(job, rows)
+            write_complete(job, rows, **changes)
     (out / "sweep.json").write_text(json.dumps({"arms": list(values)}))
 
 
@@ -259,6 +265,9 @@ def test_paired_interval_is_that_of_scipy(tmp_path, capsys):
     write_sweep(tmp_path, values)
     half_done = tmp_path / "clip=off" / "seed10"
     write_complete(jobs.Job(half_done, [*RUN, "--steps=4"]), [{"step": 2, "eval_accuracy": 1.0}])
+    begun = tmp_path / "clip=off" / "seed11"  # a sweep that runs beside
+    write_complete(jobs.Job(begun, [*RUN, "--steps=4"]))
+    (begun / "metrics.jsonl").write_text("")
     sweep.main(["--only_report=True", f"--out={tmp_path}"])
     printed = capsys.readouterr().out
     result = json.loads(printed.splitlines()[-1])
@@ -282,40 +291,138 @@ def test_paired_interval_is_that_of_scipy(tmp_path, capsys):
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
+def test_runs_of_an_arm_differ_in_their_seed_alone(tmp_path):
+    """Two ranges of seeds at two learning rates in one folder are no arm."""
+    old = {"a": {3: 0.4}}
+    write_sweep(tmp_path, old, {"a": [*RUN, "--micro_batch_tokens=128"]}, rollout_weights="merged")
+    path = tmp_path / "a" / "seed3" / "config.json"
+    config = json.loads(path.read_text())["config"]
+    del config["optimizer"]  # a run from before there was a choice had adamw
+    path.write_text(json.dumps({"config": config}))
+    write_sweep(tmp_path, {"a": {0: 0.5, 1: 0.6}}, {"a": [*RUN, "--adam_betas=.9,.95"]})
+    (arm,) = report.load_sweep(tmp_path)
+    assert len(arm.runs) == 3
+    write_sweep(tmp_path, {"a": {5: 0.9}}, {"a": [*RUN, "--lr=3e-4"]})
+    words = r"a/seed5: holds a run with lr=0.0003, not [\de.-]+ as in .*a/seed0: the runs of an arm"
+    with pytest.raises(UserError, match=words):
+        report.load_sweep(tmp_path)
+
+
+COINS = ["--clip=off,both", "--reward=random(0.5),~random(0.5)"]
+AVERAGE = ["--only_report=True", "--average=reward", "--report=accuracy", "--last=1"]
+
+
 def test_a_seed_counts_once_and_sweeps_are_pooled(tmp_path, capsys):
     """--average: the mean of a seed's two runs; --pool: seed 0 of either sweep is its own."""
     coin, flipped = "reward=random_0.5", "reward=~random_0.5"
-    first = {f"off,{coin}": {0: 0.2, 1: 0.4, 2: 0.3}, f"off,{flipped}": {0: 0.6, 1: 0.5},
-             f"both,{coin}": {0: 0.7, 1: 0.8}, f"both,{flipped}": {0: 0.3, 1: 0.2}}  # fmt: skip
+    first = {f"clip=off,{coin}": {0: 0.2, 1: 0.4, 2: 0.3}, f"clip=off,{flipped}": {0: 0.6, 1: 0.5},
+             f"clip=both,{coin}": {0: 0.7, 1: 0.8},
+             f"clip=both,{flipped}": {0: 0.3, 1: 0.2}}  # fmt: skip
     second = {name: {0: 0.1 * i, 5: 0.2} for i, name in enumerate(first)}
-    for name, values in (("a", first), ("b", second)):
-        (tmp_path / name).mkdir()
-        write_sweep(tmp_path / name, values)
-    report = ["--only_report=True", "--average=reward", "--report=accuracy", "--last=1"]
-    sweep.main([*report, f"--out={tmp_path}/a"])
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["arms"]["off"]["accuracy"]["values"] == pytest.approx([0.4, 0.45])
-    assert result["arms"]["both"]["accuracy"]["values"] == pytest.approx([0.5, 0.5])
-    sweep.main([*report, f"--out={tmp_path}/a", f"--pool={tmp_path}/b"])
+    write_sweep(tmp_path / "a", first, sweep.arms_of([*RUN, *COINS]))
+    write_sweep(tmp_path / "b", second, sweep.arms_of([*RUN, *COINS, "--model=tiny_bad"]))
+    sweep.main([*AVERAGE, f"--out={tmp_path}/a"])
     printed = capsys.readouterr().out
     result = json.loads(printed.splitlines()[-1])
-    assert result["arms"]["off"]["accuracy"]["values"] == pytest.approx([0.4, 0.45, 0.05, 0.2])
+    assert result["arms"]["clip=off"]["accuracy"]["values"] == pytest.approx([0.4, 0.45])
+    assert result["arms"]["clip=both"]["accuracy"]["values"] == pytest.approx([0.5, 0.5])
+    assert "A seed counts once, as the mean of its runs over reward." in printed
+    assert "Pooled" not in printed
+    sweep.main([*AVERAGE, f"--out={tmp_path}/a", f"--pool={tmp_path}/b"])
+    printed = capsys.readouterr().out
+    result = json.loads(printed.splitlines()[-1])
     both, off = [0.5, 0.5, 0.25, 0.2], [0.4, 0.45, 0.05, 0.2]
+    assert result["arms"]["clip=off"]["accuracy"]["values"] == pytest.approx(off)
     expected = stats.ttest_rel(both, off).confidence_interval(0.95)
     (pair,) = result["pairs"]
-    assert (pair["a"], pair["n"]) == ("off", 4)
+    assert (pair["a"], pair["n"]) == ("clip=off", 4)
     assert (pair["low"], pair["high"]) == pytest.approx((expected.low, expected.high))
-    assert "A seed counts once, as the mean of its runs over reward." in printed
-    with pytest.raises(UserError, match="average=clip: no two arms differ in it alone"):
-        sweep.main(["--only_report=True", f"--out={tmp_path}/a", "--average=clip"])
+    assert "Pooled over model=tiny, tiny_bad (2 sweeps). A seed counts once" in printed
+    with pytest.raises(UserError, match="average=lr: no two arms differ in it alone"):
+        sweep.main(["--only_report=True", f"--out={tmp_path}/a", "--average=lr"])
+    shutil.rmtree(tmp_path / "a" / f"clip=off,{coin}")
+    with pytest.raises(UserError, match="average=reward: no run of clip=off,reward=random_0.5 is"):
+        sweep.main([*AVERAGE, f"--out={tmp_path}/a"])
+
+
+def test_what_cannot_be_pooled(tmp_path, capsys):
+    a, b = ([*RUN, f"--clip={clip}"] for clip in ("both", "off"))
+    values = {"a": {0: 0.5, 1: 0.6}, "b": {0: 0.4}}
+    sweeps = {
+        "out": (values, {"a": a, "b": b}),
+        "same": ({"a": {1: 0.6}, "b": {4: 0.4}}, {"a": a, "b": b}),
+        "fewer": ({"a": {2: 0.6}}, {"a": a}),
+        "more": ({"a": {2: 0.6}, "b": {2: 0.6}, "c": {2: 0.6}}, {"a": a, "b": b, "c": RUN}),
+        "mixed": (values, {"a": [*a, "--model=tiny_bad"], "b": [*b, "--model=tiny_bad", "--lr=1"]}),
+        "half": (values, {"a": a, "b": [*b, "--lr=1"]}),
+        "further": ({"a": {2: 0.6}, "b": {}}, {"a": a, "b": b}),
+    }
+    for name, (runs, args) in sweeps.items():
+        write_sweep(tmp_path / name, runs, args)
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    for other, words in [
+        ("out", "the same folder as"),
+        ("link", "pool=.*link: the same folder as .*out: name it once"),
+        ("same", "its a/seed1 has the configuration and seed of .*out/a/seed1: a run counts once"),
+        ("fewer", "fewer has no arm b"),
+        ("more", "out has no arm c"),
+        ("mixed", "arm a differs from that of .* in model, b in model, lr"),
+        ("half", "its a/seed0 has the configuration and seed"),
+    ]:
+        with pytest.raises(UserError, match=words) as error:
+            sweep.main(
+                ["--only_report=True", f"--out={tmp_path}/out", f"--pool={tmp_path}/{other}"]
+            )
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="further: the same folder as .*further"):
+        report.pool([tmp_path / "out", *[tmp_path / "further"] * 2])
+    arms, knobs = report.pool([tmp_path / "out", tmp_path / "further"])
+    assert [len(arm.runs) for arm in arms] == [3, 1] and knobs == {}
+    sweep.main(["--only_report=True", f"--out={tmp_path}/out", f"--pool={tmp_path}/further"])
+    assert "Pooled over seeds alone (2 sweeps)." in capsys.readouterr().out
+
+
+def test_averages_are_by_configuration_and_named_less_the_key(tmp_path):
+    """Values hold commas, and an experiment file may set the key that is averaged over."""
+    betas = sweep.arms_of([*RUN, "--adam_betas=(.9,.95),(.9,.999)", "--clip=both,off"])
+    values = {name: {0: 0.1 * i} for i, name in enumerate(betas)}
+    write_sweep(tmp_path / "a", values, betas)
+    arms = report.load_sweep(tmp_path / "a")
+    assert [arm.label for arm in report.average(arms, "adam_betas")] == ["clip=both", "clip=off"]
+    means = [arm.runs[0][-1]["accuracy"] for arm in report.average(arms, "adam_betas")]
+    assert means == pytest.approx([0.1, 0.2])  # of 0 and .2, of .1 and .3
+    labels = [arm.label for arm in report.average(arms, "clip")]
+    assert labels == ["adam_betas=_.9,.95", "adam_betas=_.9,.999"]
+    assert report.parts_of("a,b,lr=1,adam_betas=_.9,.95_,clip=off") == [
+        "a,b", "lr=1", "adam_betas=_.9,.95_", "clip=off"]  # fmt: skip
+    files = {"coin": [*RUN, "--reward=random(0.5)"], "flipped": [*RUN, "--reward=~random(0.5)"]}
+    write_sweep(tmp_path / "b", {"coin": {0: 0.2}, "flipped": {0: 0.4}}, files)
+    (one,) = report.average(report.load_sweep(tmp_path / "b"), "reward")
+    assert one.label == "coin" and one.runs[0][-1]["accuracy"] == pytest.approx(0.3)
+
+
+def test_averages_tell_apart_what_memory_settles_only_where_it_was_asked_for():
+    def arm(name, reward, weights):
+        return Arm(name, [], [], {"reward": reward, "rollout_weights": weights})
+
+    settled = [arm("reward=a", "a", "merged"), arm("reward=b", "b", "adapter")]
+    assert [one.label for one in report.average(settled, "reward")] == ["reward"]
+    asked = [arm(f"rollout_weights={w},reward={r}", r, w)
+             for w in ("merged", "adapter") for r in "ab"]  # fmt: skip
+    labels = [one.label for one in report.average(asked, "reward")]
+    assert labels == ["rollout_weights=merged", "rollout_weights=adapter"]
+    assert [one.label for one in report.average(asked, "rollout_weights")] == [
+        "reward=a",
+        "reward=b",
+    ]
 
 
 def test_report_of_few_seeds_and_of_many_arms(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sweep, "draw", lambda arms, path, *keys: drawn.append((arms, *keys)))
+    monkeypatch.setattr(report, "draw", lambda arms, path, *keys: drawn.append((arms, *keys)))
     drawn: list = []
     write_sweep(tmp_path, {name: {0: 0.5, 1: 0.6} for name in "abcde"} | {"f": {}})
-    report = ["--only_report=True", f"--out={tmp_path}"]
-    sweep.main([*report, "--report=clip_frac,accuracy", "--last=3"])
+    only = ["--only_report=True", f"--out={tmp_path}"]
+    sweep.main([*only, "--report=clip_frac,accuracy", "--last=3"])
     printed = capsys.readouterr().out
     assert "**Fewer than 3 seeds: no conclusion.**" in (tmp_path / "table.md").read_text()
     pairs = json.loads(printed.splitlines()[-1])["pairs"]
@@ -324,7 +431,7 @@ def test_report_of_few_seeds_and_of_many_arms(tmp_path, monkeypatch, capsys):
     assert drawn[0][1] == ["clip_frac", "accuracy"]
     assert "| f | 0 | - | - |" in printed and "| f − a | 0 | - | - |" in printed
     with pytest.raises(UserError, match="report=acuracy: no number .* did you mean accuracy"):
-        sweep.main([*report, "--report=acuracy"])
+        sweep.main([*only, "--report=acuracy"])
 
 
 FAKE = """
@@ -344,7 +451,7 @@ row = {"step": 1, "accuracy": 0.1 * changes["seed"] + (given["clip"] == "off")}
 def test_a_sweep_runs_resumes_is_kept_and_grows(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(jobs, "PROJECT", tmp_path)  # its train.py takes no time
     monkeypatch.setattr(jobs.tiny, "resolve", lambda name: name)
-    monkeypatch.setattr(sweep, "draw", lambda *args: None)
+    monkeypatch.setattr(report, "draw", lambda *args: None)
     monkeypatch.setattr(jobs.time, "sleep", lambda seconds: threading.Event().wait(0.05))
     (tmp_path / "train.py").write_text(FAKE)
     config = asdict(jobs.Job(tmp_path, [*RUN, "--steps=1"]).config)
@@ -369,3 +476,7 @@ def test_a_sweep_runs_resumes_is_kept_and_grows(tmp_path, monkeypatch, capsys):
     assert more["arms"]["clip=off"]["accuracy"]["values"] == pytest.approx([1, 1.1, 1.2])
     with pytest.raises(UserError, match="clip=both/seed0: holds a run with steps=1, not 2"):
         sweep.main([*RUN, "--steps=2", "--clip=both,off", f"--out={tmp_path}/sweep"])
+    # seeds of another configuration are refused before they are run
+    with pytest.raises(UserError, match=r"clip=both/seed0: holds a run with lr=[\de.-]+, not 0.5"):
+        figures("--seeds=1", "--first_seed=7", "--lr=0.5")
+    assert not (tmp_path / "sweep" / "clip=both" / "seed7").exists()

@@ -2,16 +2,18 @@
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from checkpoint import read_config, read_jsonl
 from configurator import UserError
+from settings import Config
 
 NO_ARM = ("seed", "out_dir", "resume")  # what runs of one arm may differ in
+SETTLED = ("rollout_weights", "micro_batch_tokens")  # likewise: what memory allowed of them
 
 
 @dataclass
@@ -72,6 +74,27 @@ class Arm:
         return steps, np.array(values, dtype=float)
 
 
+def as_saved(config: Config) -> dict:
+    """A configuration as config.json has it (no tuples)."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def every_knob(config: dict) -> dict:
+    """A run's configuration with every knob: a run from before there was one had its default."""
+    return as_saved(Config()) | config
+
+
+def differences(a: dict, b: dict, but: Collection[str] = ()) -> dict[str, tuple]:
+    """The knobs, less `but`, in which two runs' configurations differ: key -> (a's, b's) value.
+
+    but=(*NO_ARM, *SETTLED) leaves what makes two arms of two runs. A knob that there no longer is
+    makes no difference.
+    """
+    a, b = every_knob(a), every_knob(b)
+    keys = [key for key in as_saved(Config()) if key not in but]
+    return {key: (a[key], b[key]) for key in keys if a[key] != b[key]}
+
+
 def finite(value) -> bool:
     """Whether a logged value is a number, rather than a list, null or NaN."""
     return isinstance(value, int | float) and math.isfinite(value)
@@ -87,7 +110,7 @@ def load_arms(folders: Sequence[Path | str]) -> list[Arm]:
     configs: dict[str, dict] = {}
     seeds: dict[tuple, Path] = {}
     for folder in map(Path, folders):
-        config = read_config(folder)
+        config = every_knob(read_config(folder))
         rest = {key: value for key, value in config.items() if key not in NO_ARM}
         name = json.dumps(rest, sort_keys=True)
         twin = seeds.setdefault((name, config.get("seed")), folder)

@@ -11,7 +11,6 @@ ours in grey hatched bars and marked as published: no run of ours. Of its clip s
 numbers that could be drawn.
 """
 
-import json
 import math
 import re
 import textwrap
@@ -38,7 +37,7 @@ from tools.plot import (
     save,
     warn_of_few,
 )
-from tools.sweep import t_interval
+from tools.report import t_interval
 
 PUBLISHED = "published, Qwen2.5-Math-7B, not ours"  # arXiv 2506.10947, MATH-500, percent
 START = 49.4
@@ -48,6 +47,7 @@ CODE = {"code frequency, start": 65.0, "code frequency, end": (90.0, 95.6),  # "
         "accuracy with code, start": 60.9, "accuracy without, start": 28.0}  # fmt: skip
 CLASSES = {"code to code": 11.6, "code to language": 8.6, "language to code": 58.3,
            "language to language": 21.4}  # share of the gain  # fmt: skip
+CLIP_KEYS = ("loss", "clip", "clip_low", "clip_high", "cispo_cap", "updates_per_step")
 CLIP_PANELS = ("eval_accuracy", "eval_code_frequency", "entropy", "clip_frac", "clip_bins",
                "clip_pull")  # fmt: skip
 
@@ -63,13 +63,17 @@ class FigureConfig:
 
 
 def ends(arm: Arm, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Each run's first and last value of an eval key, [seeds] twice, in percent."""
-    values = [[row[key] for row in rows if row.get(key) is not None] for rows in arm.runs]
-    if not all(values):
-        raise UserError(f"{arm.folders[[*map(bool, values)].index(False)]}: has no {key}: "
-                        "this figure wants runs with evals")  # fmt: skip
-    first, last = zip(*((column[0], column[-1]) for column in values), strict=True)
-    return 100 * np.array(first), 100 * np.array(last)
+    """Each run's value of an eval key before training (step 0) and its last, [seeds] twice, in
+    percent. Raises UserError for a run without the former."""
+    values = []
+    for folder, rows in zip(arm.folders, arm.runs, strict=True):
+        column = {row["step"]: row[key] for row in rows if row.get(key) is not None}
+        if 0 not in column:
+            raise UserError(f"{folder}: has no {key} before training (at step 0): this figure "
+                            "wants runs with evals (--eval_every)")  # fmt: skip
+        values.append((column[0], column[max(column)]))
+    first, last = 100 * np.array(values).T
+    return first, last
 
 
 def mean_and_half(values: np.ndarray) -> tuple[float, float]:
@@ -199,10 +203,10 @@ def code(arms: list[Arm], out: str) -> None:
 
 def clip(arms: list[Arm], out: str) -> None:
     """The arms of the clip: accuracy, code frequency, and what the clip did."""
-    how = {json.dumps([arm.config.get(key) for key in ("clip", "updates_per_step")])
-           for arm in arms}  # fmt: skip
+    how = {tuple(arm.config[key] for key in CLIP_KEYS) for arm in arms}
     if len(how) < 2:
-        raise UserError(f"all runs have clip={arms[0].config.get('clip')}: name runs with another")
+        same = ", ".join(f"{key}={arms[0].config[key]}" for key in CLIP_KEYS)
+        raise UserError(f"all runs have {same}: name runs with another")
     keys = [key for key in CLIP_PANELS if any(arm.has(key) for arm in arms)]
     draw(arms, out, keys)
 
@@ -216,14 +220,19 @@ def gamma(arms: list[Arm], out: str) -> None:
             raise UserError(f"{arm.folders[0]}: its reward is {arm.config.get('reward')}, "
                             "not random(g)")  # fmt: skip
         rest = arm.label.partition(", ")[2]
-        series.setdefault(rest, {})[float(match[1] or 0.5)] = arm
+        g = float(match[1] or 0.5)
+        twin = series.setdefault(rest, {}).setdefault(g, arm)
+        if twin is not arm:
+            raise UserError(f"{arm.folders[0]}: {arm.label} is {twin.label} of {twin.folders[0]}, "
+                            "written otherwise: name the runs of one")  # fmt: skip
     values = sorted({g for group in series.values() for g in group})
     figure, axes = panels(1, 3, arms)
     for axis, key in zip(axes, ("eval_accuracy", "eval_code_frequency"), strict=False):
         for j, (rest, group) in enumerate(series.items()):
             places = [values.index(g) for g in sorted(group)]
             last = [mean_and_half(ends(group[g], key)[1]) for g in sorted(group)]
-            axis.errorbar(places, *zip(*last, strict=True), **look(j), marker=MARKERS[j], capsize=3,
+            marker = MARKERS[j % len(MARKERS)]
+            axis.errorbar(places, *zip(*last, strict=True), **look(j), marker=marker, capsize=3,
                           label=rest or "after training")  # fmt: skip
         start = np.mean([ends(arm, key)[0].mean() for arm in arms])
         axis.axhline(start, color="black", linestyle=":", linewidth=1, label="before training")

@@ -5,7 +5,6 @@ from its checkpoint, and one of another configuration is refused.
 """
 
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -15,7 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from checkpoint import read_config, read_jsonl
 from configurator import PROJECT, UserError, configure
 from memory import device_memory
 from settings import Config, choose_scale
+from tools.arms import as_saved, differences
 
 MEMORY_OF_RUN = 1.5e9  # bytes of a run of the tiny world, libraries included, rounded up
 
@@ -66,20 +66,14 @@ def state(job: Job) -> str:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"{job.folder}: another process is running in it") from error
-    saved = read_config(job.folder)
-    for key, value in _json(job.config).items():
-        # a run from before there was such a knob had what is now its default
-        before = saved.get(key, _json(Config())[key])
-        if before != value and not _settled(key, value, before):
+    different = differences(read_config(job.folder), as_saved(job.config))
+    for key, (before, value) in different.items():
+        if not _settled(key, value, before):
             raise UserError(f"{job.folder}: holds a run with {key}={before}, not {value}: "
                             "delete the folder, or name another --out")  # fmt: skip
     if job.steps_done == job.config.steps:
         return "complete"
     return "resume" if (job.folder / "state.safetensors").exists() else "restart"
-
-
-def _json(cfg: Config) -> dict:
-    return json.loads(json.dumps(asdict(cfg)))  # no tuples
 
 
 def _settled(key: str, wanted, saved) -> bool:

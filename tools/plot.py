@@ -91,7 +91,9 @@ def draw(
             panel(axis, arms, key, smooth)
             if i + columns >= len(metrics) and key != "clip_bins":
                 axis.set_xlabel("step")
-        legend(figure, arms, notes(arms, smooth))
+        per_token = ["clip pull: per token, as loss_agg=token_mean weighs them"]
+        text = [notes(arms, smooth), *per_token * ("clip_pull" in metrics)]
+        legend(figure, arms, "\n".join(filter(None, text)))
         save(figure, path)
     return figure
 
@@ -135,11 +137,12 @@ def _bins(axis, arms: list[Arm]) -> None:
             if not values.size:
                 continue
             edges = np.linspace(0, 1, values.shape[1] + 1)
-            means.append(values.mean(0))
+            seen = np.ma.masked_invalid(values)  # a seed may have had no token in a bin
+            means.append(seen.mean(0).filled(np.nan))
             shape = {**look(j), "linestyle": style, "linewidth": 1.8}
             axis.stairs(means[-1], edges, baseline=None, **shape)
             if len(values) > 1:
-                error = values.std(0, ddof=1) / math.sqrt(len(values))
+                error = (seen.std(0, ddof=1) / np.sqrt(seen.count(0))).filled(np.nan)
                 middle = (edges[1:] + edges[:-1]) / 2
                 axis.errorbar(middle, means[-1], error, fmt="none", ecolor=shape["color"])
     # a ratio has no room above 1 / p, so no token beyond these lines can be clipped from above
