@@ -85,6 +85,8 @@ def test_greedy_equals_generate(model_folders, family, mode):
 def test_greedy_equals_generate_through_few_slots(model_folders, n, mode):
     """Rows move in as others end, the longest prompt among the last; the cache drops old columns
     and grows on the way, or is read by buckets."""
+    if mode == "graph" and n != 3:
+        pytest.skip("a capture costs a second here: one number of slots will do")
     prompts = [*PROMPTS[1:], [40, 41], PROMPTS[0], [50] * 30, [60, 61, 62]]
     model = load_model(model_folders["llama"])
     plain = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
