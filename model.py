@@ -17,9 +17,9 @@ from transformers.utils import logging as hf_logging
 
 from configurator import UserError
 
-# fp32 logits held at once by token_stats, in elements: 128 MB, whatever the vocabulary (backward
+# fp32 logits held at once by token_stats, in elements: 64 MB, whatever the vocabulary (backward
 # holds some five times as much).
-LOGITS_CHUNK = 2**25
+LOGITS_CHUNK = 2**24
 # Below so many parameters a second thread costs more than it brings on the CPU, most of all where
 # other work keeps the cores busy (12 times as long was seen for the tiny world).
 SMALL_MODEL = 2_000_000
