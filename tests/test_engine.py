@@ -252,6 +252,40 @@ def test_a_captured_step_stays_valid_as_weights_change(model_folders, monkeypatc
     assert base == responses(generate(load_model(model_folders["llama"]), *call))
 
 
+def test_decoding_goes_on_where_a_capture_fails(model_folders, monkeypatch):
+    """With the same samples, one warning, and no second try."""
+    tried = []
+
+    def fail(step, pool):
+        tried.append(1)
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    model = load_model(model_folders["qwen2"])
+    want = responses(generate(model, PROMPTS, 4, 30, [3, 7], NOISE))
+    monkeypatch.setattr(engine, "STATIC_DEVICES", ("cpu",))
+    monkeypatch.setattr(slots, "GRAPH_DEVICES", ("cpu",))
+    monkeypatch.setattr(slots, "capture", fail)
+    with pytest.warns(UserWarning, match="goes on without CUDA graphs: operation not permitted$"):
+        assert responses(generate(model, PROMPTS, 4, 30, [3, 7], NOISE)) == want
+    assert responses(generate(model, PROMPTS, 2, 30, [3, 7], NOISE)) == [
+        row for i, row in enumerate(want) if i % 4 < 2
+    ]
+    assert tried == [1]
+
+
+def test_slots_are_kept_until_a_longer_prompt_comes(model_folders, monkeypatch):
+    monkeypatch.setattr(engine, "STATIC_DEVICES", ("cpu",))
+    model = load_model(model_folders["llama"])
+    for prompts, same in (([[5] * 7], None), ([[6] * 3], True), ([[7] * 8], False)):
+        before = getattr(model, "static_slots", None)
+        g = generate(model, prompts, 2, 20, [-1], NOISE, temperature=0)
+        assert responses(g)[0] == reference_greedy(model, prompts[0], 20, None)
+        if before:
+            assert (model.static_slots[1] is before[1]) == same
+    engine.drop_slots(model)
+    assert model.static_slots is None
+
+
 def test_sampler_logp_is_the_scored_one(model_folders):
     """In fp32 they differ by rounding alone: the sampled distribution is the scored one."""
     for temperature in (1.0, 0.6):

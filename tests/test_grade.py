@@ -539,7 +539,7 @@ def test_hostile_batch_leaves_the_other_rows_right():
         thread.join()
         assert grader.grade([b[0] for b in batch], golds) == right
         assert found == [right, right]
-        assert seconds[0] < 120 and seconds[1] < 1  # for ever without limits; then from the cache
+        assert seconds[0] < 15 and seconds[1] < 1  # the second from the cache
         assert 4 <= grader.timeouts <= 10 and grader.errors <= 4
         used = set(own.children(recursive=True)) - before
         assert len(used) >= 2
