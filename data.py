@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from configurator import UserError
+from harness.errors import UserError
 
 # The first key of every generator: two uses of randomness never share a stream.
 SUBSET, ORDER, PARTITION = 101, 102, 103
@@ -79,7 +79,7 @@ class Rollouts:
     # filled where the reward asks for it: name of a second model -> float32 [B], its mean
     # log-likelihood of each response (verifier.py)
     cross_logp: dict[str, torch.Tensor] = field(default_factory=dict)
-    # int64 [B], which answers are the same (grade.clusters); filled by the first reward that asks
+    # int64 [B], which answers are the same (grading.clusters); filled by the first reward that asks
     cluster: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -270,6 +270,38 @@ def last_box(text: str) -> str:
         if depth == 0:
             return rest[1:i].strip()
     return ""
+
+
+def load_completions(file: str) -> list[dict]:
+    """Rows of a .jsonl of saved completions: problem, answer (str), completions (list of str) and,
+    where there are any, correct (one for each completion) and other columns.
+
+    Raises UserError naming the line that is no such row.
+    """
+    try:
+        lines = Path(file).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--completions={file}: cannot be read as text: {error}") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file}:{number}: not JSON ({error})") from error
+        texts = row.get("completions") if isinstance(row, dict) else None
+        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
+            raise UserError(f"{file}:{number}: wants completions, a list of one or more strings")
+        if row.get("answer") is None:
+            raise UserError(f"{file}:{number}: wants an answer")
+        correct = row.get("correct")
+        if correct is not None and (not isinstance(correct, list) or len(correct) != len(texts)):
+            raise UserError(f"{file}:{number}: wants as many of correct as of completions")
+        rows.append({"problem": "", **row, "answer": str(row["answer"])})
+    if not rows:
+        raise UserError(f"{file}: holds no completions")
+    return rows
 
 
 def subset(

@@ -16,11 +16,11 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from kvcache import PrefillCache, Prompt, decoding
+from decoding.kvcache import PrefillCache, Prompt, decoding
+from decoding.sampling import uniforms
+from decoding.slots import Rows, Slots
 from lora import rollout_address
 from model import backbone, head
-from sampling import uniforms
-from slots import Rows, Slots
 
 # First key of the noise: training, eval and majority labels never share a stream.
 TRAIN_NOISE, EVAL_NOISE, LABEL_NOISE = 1, 2, 3

@@ -18,16 +18,16 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-import grade
-import labels
-import tiny
-from checkpoint import read_config, save_rows, trained_weights
-from configurator import UserError, configure, run
-from data import Problem, load_problems, prepare, subset
+import grading
+from data import Problem, load_completions, load_problems, prepare, subset
 from engine import EVAL_NOISE, Progress, decode, generate
-from labels import LabelBy
+from harness.checkpoint import read_config, save_rows, trained_weights
+from harness.configurator import configure
+from harness.errors import UserError, run
 from lora import load_adapter
 from model import end_token_ids, load_model, load_tokenizer
+from tasks import labels, tiny
+from tasks.labels import LabelBy
 
 
 @dataclass
@@ -80,7 +80,7 @@ def summarize(rows: list[dict]) -> dict:
     correct = np.array([c for row in rows for c in row["correct"]], dtype=float)
     texts = [text for row in rows for text in row["completions"]]
     code = np.array(["python" in text.lower() for text in texts])
-    boxed = np.array([grade.last_boxed(text) is not None for text in texts])
+    boxed = np.array([grading.last_boxed(text) is not None for text in texts])
     reasons = [reason for row in rows for reason in row.get("finish_reason") or []]
     n = len(rows)
 
@@ -135,7 +135,7 @@ def evaluate(
         )
     texts = decode(tokenizer, out.tokens, out.prompt_len, out.length)
     golds = [problem.answer for problem, _ in items for _ in range(copies)]
-    correct = grade.correct(texts, golds)
+    correct = grading.correct(texts, golds)
     rows = []
     for i, (problem, _) in enumerate(items):
         part = slice(i * copies, (i + 1) * copies)
@@ -162,14 +162,14 @@ def grade_completions(rows: list[dict]) -> tuple[dict, list[dict], list[tuple[in
     """
     texts = [text for row in rows for text in row["completions"]]
     golds = [row["answer"] for row in rows for _ in row["completions"]]
-    verdicts = iter(grade.correct(texts, golds))
+    verdicts = iter(grading.correct(texts, golds))
     graded = [
         {**row, "correct": [bool(next(verdicts)) for _ in row["completions"]]} for row in rows
     ]
     summary = summarize(graded)
-    lenient = grade.grader().grade([grade.lenient_answer(t) for t in texts], golds)
+    lenient = grading.grader().grade([grading.lenient_answer(t) for t in texts], golds)
     summary["lenient_accuracy"] = float(np.mean(lenient))
-    summary["grader_timeouts"] = grade.grader().timeouts
+    summary["grader_timeouts"] = grading.grader().timeouts
     odd = []
     if all(isinstance(row.get("correct"), list) for row in rows):
         odd = [
@@ -292,7 +292,7 @@ def main(argv: list[str]) -> None:
     if not cfg.labels and "label_by" in sources.given:
         raise UserError("label_by acts only with --labels=FILE")
     if cfg.completions:
-        summary, _, odd = grade_completions(grade.load_completions(cfg.completions))
+        summary, _, odd = grade_completions(load_completions(cfg.completions))
         for i, j in odd:
             print(f"differs from `correct`: row {i} sample {j}")
         report(summary, None)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from configurator import UserError
+from harness.errors import UserError
 from model import backbone
 
 # What decoding multiplies by: auto takes merged where memory has room for it.

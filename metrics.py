@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import grade
+import grading
 import grpo
 import rewards
 from data import Rollouts
-from expressions import Reward
+from harness.expressions import Reward
 
 
 def describe(r: Rollouts, reward: torch.Tensor, watched: list[Reward]) -> dict:
@@ -22,7 +22,7 @@ def describe(r: Rollouts, reward: torch.Tensor, watched: list[Reward]) -> dict:
     AUROC against correctness (None where all or none are right).
     """
     tokens = r.length.sum().item()
-    correct = torch.tensor(grade.correct(r.text, [p.answer for p in r.problem]))
+    correct = torch.tensor(grading.correct(r.text, [p.answer for p in r.problem]))
     length = r.length.float()
     gap = (r.sampler_logp - r.old_logp).abs()
     trained = summarize_reward(reward, correct, r.group_size)
@@ -51,7 +51,7 @@ def describe(r: Rollouts, reward: torch.Tensor, watched: list[Reward]) -> dict:
         elif not one.missing(r):
             summary = summarize_reward(one(r), correct, r.group_size)
             metrics |= {f"{one}/{name}": value for name, value in summary.items()}
-    return metrics | {"grader_timeouts": grade.grader().timeouts}
+    return metrics | {"grader_timeouts": grading.grader().timeouts}
 
 
 def describe_clip(stats: list[dict[str, torch.Tensor]]) -> dict:
@@ -101,7 +101,7 @@ def sample_log(r: Rollouts, reward: torch.Tensor, advantage: torch.Tensor, n: in
             "response": r.text[i],
             "reward": reward[i].item(),
             "advantage": advantage[i].item(),
-            "correct": bool(grade.correct([r.text[i]], [r.problem[i].answer])[0]),
+            "correct": bool(grading.correct([r.text[i]], [r.problem[i].answer])[0]),
         }
         for i in rows
     ]

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
-from configurator import UserError
+from harness.errors import UserError
 
 # fp32 logits held at once by token_stats, in elements: 64 MB, whatever the vocabulary (backward
 # holds some five times as much).

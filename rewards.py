@@ -1,8 +1,6 @@
 """Every reward, one short function each.
 
-python rewards.py                                                   list the rewards
-python rewards.py --completions=FILE                                score saved completions by all
-python rewards.py --reward='format & ~python' --completions=FILE    ... by one (expressions.py)
+`python -m tools.rewards` lists them and scores saved completions with them.
 
 A new reward is one function of a `Rollouts` (data.py) that returns float32 [B]:
 
@@ -23,18 +21,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import expressions
-import grade
-from configurator import UserError, configure, run
-from expressions import Entry, Reward
+import grading
+from harness import expressions
+from harness.expressions import Entry, Reward
 
 RANDOM = 201  # first key of the random reward's stream: no other use of the seed shares it
 REGISTRY: dict[str, Entry] = {}
@@ -80,7 +75,7 @@ def _float(values: Iterable[float]) -> Tensor:
 
 @reward(formula="1 if the last box is equivalent to the gold answer", source="SR")
 def ground_truth(rollouts) -> Tensor:
-    return _float(grade.correct(rollouts.text, [p.answer for p in rollouts.problem]))
+    return _float(grading.correct(rollouts.text, [p.answer for p in rollouts.problem]))
 
 
 @reward(
@@ -91,7 +86,7 @@ def ground_truth(rollouts) -> Tensor:
 )
 def majority(rollouts, label: Literal["offline", "online"] = "offline") -> Tensor:
     if label == "offline":
-        return _float(grade.correct(rollouts.text, rollouts.label))
+        return _float(grading.correct(rollouts.text, rollouts.label))
     cluster, prompt = _clusters(rollouts), rollouts.prompt_index
     # The largest cluster of each group; of equal ones the first to appear, as its number is less.
     rank = _sizes(cluster) * (len(cluster) + 1) - cluster  # [B]
@@ -107,17 +102,19 @@ def majority(rollouts, label: Literal["offline", "online"] = "offline") -> Tenso
 )
 def incorrect(rollouts) -> Tensor:
     golds = [problem.answer for problem in rollouts.problem]
-    right = _float(grade.grader().grade(rollouts.label, golds))
+    right = _float(grading.grader().grade(rollouts.label, golds))
     return majority(rollouts) * (1 - right)
 
 
 @reward(
-    formula="share of the group with the same spelling of the answer (grade.normalize); 0 without",
+    formula="share of the group with the same spelling of the answer; 0 without one",
     source="SRT 2505.21444",
 )
 def soft_majority(rollouts) -> Tensor:
     keys = [
-        None if (answer := grade.last_boxed(text)) is None else (prompt, grade.normalize(answer))
+        None
+        if (answer := grading.last_boxed(text)) is None
+        else (prompt, grading.normalize(answer))
         for text, prompt in zip(rollouts.text, rollouts.prompt_index.tolist(), strict=True)
     ]
     first = {key: row for row, key in reversed(list(enumerate(keys)))} | {None: -1}
@@ -135,8 +132,8 @@ def semantic_entropy(rollouts) -> Tensor:
 def _clusters(rollouts) -> Tensor:
     """int64 [B]: the first row of the group with an equivalent answer, -1 without an answer."""
     if rollouts.cluster is None:  # several rewards ask
-        answers = [grade.last_boxed(text) for text in rollouts.text]
-        found = grade.clusters(answers, rollouts.prompt_index.tolist())
+        answers = [grading.last_boxed(text) for text in rollouts.text]
+        found = grading.clusters(answers, rollouts.prompt_index.tolist())
         rollouts.cluster = torch.tensor(found)
     return rollouts.cluster
 
@@ -156,7 +153,7 @@ def _group_size(rollouts) -> Tensor:
 
 @reward(formula=r"1 if the response's last \boxed{} is not empty", source="SR")
 def format(rollouts) -> Tensor:
-    return _float(grade.last_boxed(text) is not None for text in rollouts.text)
+    return _float(grading.last_boxed(text) is not None for text in rollouts.text)
 
 
 @reward(
@@ -259,7 +256,7 @@ def _over_tokens(rollouts, values: Tensor, over: str) -> Tensor:
     return total if over == "sum" else total / rollouts.mask.sum(1).clamp(min=1)
 
 
-# ---- scoring saved completions
+# ---- how well a reward tells right from wrong
 
 
 def auroc(score: np.ndarray, label: np.ndarray) -> float:
@@ -275,66 +272,3 @@ def auroc(score: np.ndarray, label: np.ndarray) -> float:
     if not positive or not negative:
         return math.nan
     return float((rank[label].sum() - positive * (positive + 1) / 2) / (positive * negative))
-
-
-@dataclass
-class ScoreConfig:
-    """List the rewards, or score saved completions with one of them, or with all."""
-
-    reward: str = ""  # an expression, such as 'format & ~python'; "" = all that text alone decides
-    completions: str = ""  # a .jsonl with problem, answer, completions and, if any, correct, label
-
-
-def read_completions(path: str) -> tuple[SimpleNamespace, list[bool] | None]:
-    """(rollouts without a model's fields, the `correct` column or None) of saved completions."""
-    rows = grade.load_completions(path)
-    flat = [(i, j, row) for i, row in enumerate(rows) for j in range(len(row["completions"]))]
-    rollouts = SimpleNamespace(
-        text=[row["completions"][j] for _, j, row in flat],
-        problem=[SimpleNamespace(problem=row["problem"], answer=row["answer"]) for *_, row in flat],
-        group_size=max(len(row["completions"]) for row in rows),
-        seed=0,
-        step=0,
-        prompt_index=torch.tensor([i for i, _, _ in flat]),
-        sample_index=torch.tensor([j for _, j, _ in flat]),
-        label=[str(row["label"]) for *_, row in flat] if all("label" in r for r in rows) else None,
-        cluster=None,
-    )
-    if not all(row.get("correct") for row in rows):
-        return rollouts, None
-    return rollouts, [bool(row["correct"][j]) for _, j, row in flat]
-
-
-def _list_rewards() -> None:
-    for _, entry in sorted(REGISTRY.items()):
-        needs = f"; needs {', '.join(entry.needs)}" if not callable(entry.needs) else ""
-        print(f"{entry.call:32} {entry.formula} [{entry.source}{needs if entry.needs else ''}]")
-
-
-def main(argv: list[str]) -> None:
-    cfg, _ = configure(ScoreConfig, argv)
-    if not cfg.completions:
-        if cfg.reward:
-            raise UserError("scoring wants completions too: add --completions=FILE")
-        _list_rewards()
-        return
-    rollouts, marks = read_completions(cfg.completions)
-    chosen = [parse(cfg.reward)] if cfg.reward else watched()
-    golds = [p.answer for p in rollouts.problem]
-    label = np.array(grade.correct(rollouts.text, golds) if marks is None else marks)
-    print(f"{len(label)} completions, {label.mean():.4f} correct "
-          f"({'graded here' if marks is None else 'their column'})")  # fmt: skip
-    print(f"{'reward':<22}{'mean':>9}{'share > 0':>11}{'agreement':>11}{'AUROC':>9}")
-    for score_fn in chosen:
-        if not cfg.reward and score_fn.missing(rollouts):
-            continue
-        score = score_fn(rollouts).numpy()
-        binary = np.isin(score, (0, 1)).all()
-        agreement = f"{((score == 1) == label).mean():.4f}" if binary else "-"
-        area = auroc(score, label)
-        print(f"{str(score_fn):<22}{score.mean():>9.4f}{(score > 0).mean():>11.4f}"
-              f"{agreement:>11}{'-' if math.isnan(area) else f'{area:.4f}':>9}")  # fmt: skip
-
-
-if __name__ == "__main__":
-    run(main)

@@ -13,15 +13,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import grade
-import tiny
-from checkpoint import read_config, trained_weights
-from configurator import UserError, configure, run
+import grading
 from data import Problem, load_problems, prepare
 from engine import EVAL_NOISE, Progress, decode, generate
 from eval import load_for_eval
+from harness.checkpoint import read_config, trained_weights
+from harness.configurator import configure
+from harness.errors import UserError, run
 from lora import adapter_off
 from model import end_token_ids, load_model
+from tasks import tiny
 
 
 @dataclass
@@ -81,8 +82,8 @@ def side_by_side(columns: list[str], width: int) -> str:
 
 def verdict(text: str, gold: str, finished: bool) -> str:
     """The extracted answer and, where the gold one is known, whether it is right."""
-    answer = grade.last_boxed(text)
-    right = f", {'right' if grade.correct([text], [gold])[0] else 'wrong'}" if gold else ""
+    answer = grading.last_boxed(text)
+    right = f", {'right' if grading.correct([text], [gold])[0] else 'wrong'}" if gold else ""
     cut = "" if finished else ", cut off"
     return f"[{'no answer' if answer is None else 'answer: ' + answer}{right}{cut}]"
 

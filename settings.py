@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 
 import rewards
-import tiny
-from checkpoint import read_config
-from configurator import UserError
 from grpo import AdvNorm, Clip, KLType, Loss, LossAgg
+from harness.checkpoint import read_config
+from harness.errors import UserError
 from lora import RolloutWeights
+from tasks import tiny
 
 
 @dataclass

@@ -37,9 +37,6 @@ from transformers import PreTrainedTokenizerBase
 
 import grpo
 import rewards
-import tiny
-from checkpoint import RunFolder, StopOnCtrlC, save_rows
-from configurator import UserError, configure, format_config, run
 from data import (
     Problem,
     Rollouts,
@@ -51,8 +48,12 @@ from data import (
 )
 from engine import TRAIN_NOISE, Progress, decode, generate
 from eval import check_positions, choose_device, evaluate
+from harness.checkpoint import RunFolder, StopOnCtrlC, save_rows
+from harness.configurator import configure, format_config
+from harness.errors import UserError, run
+from harness.memory import LastStep, peak_memory, phase, rollout_weights, settle
+from harness.second_model import SecondModel
 from lora import add_lora, reference, trainable
-from memory import LastStep, peak_memory, phase, rollout_weights, settle
 from metrics import describe, describe_clip, sample_log, summary_table
 from model import (
     TokenStats,
@@ -62,7 +63,6 @@ from model import (
     load_tokenizer,
     token_stats,
 )
-from problems import training_problems
 from settings import (
     Config,
     can_clip,
@@ -74,7 +74,8 @@ from settings import (
     loss_knobs,
     needs_base,
 )
-from verifier import Verifier
+from tasks import tiny
+from tasks.problems import training_problems
 
 Tokenizer = PreTrainedTokenizerBase
 Items = list[tuple[Problem, list[int]]]  # problems and their prompts' token ids
@@ -138,7 +139,7 @@ def score(
     rollouts: Rollouts,
     parts: Parts,
     cfg: Config,
-    verifiers: dict[str, Verifier] | None = None,
+    verifiers: dict[str, SecondModel] | None = None,
 ) -> None:
     """Fill old_logp, entropy, self_certainty; ref_logp and base_self_certainty where there is a
     base policy; cross_logp of each second model.
@@ -271,7 +272,7 @@ def train(cfg: Config) -> list[dict]:
     if cfg.gradient_checkpointing:
         checkpoint_activations(model)
     verifiers = {
-        key: Verifier(
+        key: SecondModel(
             tiny.resolve(cfg.verifier if key == "verifier" else key),
             tokenizer, cfg.prompt, cfg.quant, dtype, device,
         )

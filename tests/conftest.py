@@ -55,7 +55,7 @@ def model_folders(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_random(tmp_path_factory):
     """The tiny world with an untrained base model: its format and its data, in no time."""
-    import tiny
+    from tasks import tiny
 
     folder = tmp_path_factory.mktemp("tiny") / "world"
     tiny.build("tiny", folder, steps=1)

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from configurator import run
+from harness.errors import run
 from tools import clip_bias
 from tools.clip_bias import ClipBiasConfig, arms, start, walk
 from tools.clip_tables import mean_se

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import data
-from configurator import UserError
 from data import (
     Problem,
     Rollouts,
@@ -24,6 +23,7 @@ from data import (
     render,
     subset,
 )
+from harness.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"

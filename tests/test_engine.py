@@ -6,12 +6,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoModelForCausalLM
 
 import engine
-import kvcache
-import slots
+from decoding import kvcache, slots
+from decoding.sampling import sample, uniforms
 from engine import TRAIN_NOISE, generate
 from lora import adapter_off, add_lora, lora_layers, merged, trainable
 from model import checkpoint_activations, load_model, load_tokenizer, token_stats
-from sampling import sample, uniforms
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [20], [30, 31, 32, 33]]
 NOISE = (TRAIN_NOISE, 0, 1)

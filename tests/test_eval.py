@@ -6,9 +6,8 @@ import math
 import pytest
 
 import eval as evaluation
-import grade
-from configurator import UserError
-from data import load_problems, prepare
+from data import load_completions, load_problems, prepare
+from harness.errors import UserError
 from model import load_model, load_tokenizer
 
 
@@ -92,7 +91,7 @@ def test_a_model_and_a_run_from_the_command_line(tiny_random, tmp_path, capsys):
     evaluation.main([f"--model={tiny_random}", *args, "--n=5", f"--out={tmp_path / 'o'}"])
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["n"] == 5
-    saved = grade.load_completions(str(tmp_path / "o" / "completions.jsonl"))
+    saved = load_completions(str(tmp_path / "o" / "completions.jsonl"))
     again, _, odd = evaluation.grade_completions(saved)
     assert odd == [] and again["accuracy"] == last["accuracy"]
 

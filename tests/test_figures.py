@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from checkpoint import save_rows
-from configurator import UserError
+from harness.checkpoint import save_rows
+from harness.errors import UserError
 from tools import figures, plot
 
 ACCURACY = {0: (0.5, 0.9, 0.1), 1: (0.5, 0.7, 0.2), 2: (0.5, 0.8, 0.6)}  # at steps 0, 2, 4

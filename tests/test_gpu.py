@@ -7,11 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import engine
-import tiny
 from engine import TRAIN_NOISE, generate
 from lora import add_lora, merged, trainable
 from model import load_model, token_stats
 from settings import Config
+from tasks import tiny
 from train import train
 
 pytestmark = pytest.mark.gpu

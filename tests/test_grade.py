@@ -15,9 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-import grade
-import symbolic
-from grade import Grader, is_equiv, last_boxed, lenient_answer, normalize
+import grading
+from grading import Grader, is_equiv, last_boxed, lenient_answer, normalize, symbolic, workers
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -215,7 +214,7 @@ def test_choice_letters_are_answers_like_any_other(grader):
             assert is_equiv(form % gold, gold) and is_equiv(gold, form % gold), form
             assert not is_equiv(form % "B", gold) and not is_equiv("B", form % gold), form
     texts = [r"\boxed{A}", "The answer is A", "answer: A.", r"\boxed{\text{(A)}}", r"\boxed{B}"]
-    assert grade.correct(texts, ["A"] * 5, grader) == [True, False, False, True, False]
+    assert grading.correct(texts, ["A"] * 5, grader) == [True, False, False, True, False]
 
 
 @pytest.mark.parametrize(
@@ -429,7 +428,7 @@ def test_agrees_with_other_graders(name, least, grader):
     data = rows(f"completions/{name}.jsonl")
     texts = [text for row in data for text in row["completions"]]
     theirs = [bool(mark) for row in data for mark in row["correct"]]
-    ours = grade.correct(texts, [r["answer"] for r in data for _ in r["completions"]], grader)
+    ours = grading.correct(texts, [r["answer"] for r in data for _ in r["completions"]], grader)
     same = sum(a == b for a, b in zip(ours, theirs, strict=True))
     assert same >= least * len(texts), same / len(texts)
 
@@ -439,31 +438,31 @@ def test_agrees_with_other_graders(name, least, grader):
 
 def test_clusters_by_hand(grader):
     answers = ["5", None, "$5$", "6", "", "5.0", r"\frac12", "  ", "0.5", "x+1", "1+x", "5"]
-    assert grade.clusters(answers, [0] * 12, grader) == [0, -1, 0, 3, -1, 0, 6, -1, 6, 9, 9, 0]
-    assert grade.clusters(answers[:4] * 2, [7, 7, 7, 7, 2, 2, 2, 2], grader) == [
+    assert grading.clusters(answers, [0] * 12, grader) == [0, -1, 0, 3, -1, 0, 6, -1, 6, 9, 9, 0]
+    assert grading.clusters(answers[:4] * 2, [7, 7, 7, 7, 2, 2, 2, 2], grader) == [
         0, -1, 0, 3, 4, -1, 4, 7,
     ]  # fmt: skip
     # groups need not be contiguous; ties stay two clusters
-    assert grade.clusters(["1", "1", "2", "1.0", "2", "3"], [0, 1, 0, 1, 1, 0], grader) == [
+    assert grading.clusters(["1", "1", "2", "1.0", "2", "3"], [0, 1, 0, 1, 1, 0], grader) == [
         0, 1, 2, 1, 4, 5,
     ]  # fmt: skip
-    assert grade.clusters([], [], grader) == []
-    assert grade.clusters([None], [3], grader) == [-1]
+    assert grading.clusters([], [], grader) == []
+    assert grading.clusters([None], [3], grader) == [-1]
     with pytest.raises(ValueError):
-        grade.clusters(["1"], [], grader)
+        grading.clusters(["1"], [], grader)
 
 
 def test_clusters_take_a_match_in_either_direction(grader):
     assert is_equiv("52", "52_8") and not is_equiv("52_8", "52")
-    assert grade.clusters(["52", "52_8"], [0, 0], grader) == [0, 0]
-    assert grade.clusters(["52_8", "52"], [0, 0], grader) == [0, 0]
+    assert grading.clusters(["52", "52_8"], [0, 0], grader) == [0, 0]
+    assert grading.clusters(["52_8", "52"], [0, 0], grader) == [0, 0]
 
 
 def test_clusters_depend_on_the_order_of_rows(grader):
     """Equivalence is not transitive: 50% is 50 and 0.5, which differ."""
-    assert grade.clusters(["50", r"50\%", "0.5"], [0, 0, 0], grader) == [0, 0, 2]
-    assert grade.clusters([r"50\%", "50", "0.5"], [0, 0, 0], grader) == [0, 0, 0]
-    assert grade.clusters(["0.5", "50", r"50\%"], [0, 0, 0], grader) == [0, 1, 0]
+    assert grading.clusters(["50", r"50\%", "0.5"], [0, 0, 0], grader) == [0, 0, 2]
+    assert grading.clusters([r"50\%", "50", "0.5"], [0, 0, 0], grader) == [0, 0, 0]
+    assert grading.clusters(["0.5", "50", r"50\%"], [0, 0, 0], grader) == [0, 1, 0]
 
 
 def test_clusters_compare_all_groups_in_common_rounds():
@@ -477,7 +476,7 @@ def test_clusters_compare_all_groups_in_common_rounds():
     grader = Counting()
     groups = [row % 50 for row in range(200)]
     answers = [f"{row % 50}" if row < 100 else f"{row % 100}.0" for row in range(200)]
-    found = grade.clusters(answers, groups, grader)
+    found = grading.clusters(answers, groups, grader)
     assert found == [r % 50 if r < 150 else r for r in range(200)]
     assert grader.calls <= 3  # two clusters a group, whatever the number of groups
 
@@ -531,7 +530,7 @@ def test_hostile_batch_leaves_the_other_rows_right():
         def work():
             for _ in range(2):
                 started = time.monotonic()
-                found.append(grade.correct(texts, golds, grader))
+                found.append(grading.correct(texts, golds, grader))
                 seconds.append(time.monotonic() - started)
 
         thread = threading.Thread(target=work)
@@ -592,11 +591,11 @@ def test_close_leaves_no_process_and_grade_starts_anew():
 
 def test_workers_die_with_a_killed_parent():
     code = (
-        "import grade, os, signal, sys\n"
-        "g = grade.Grader(workers=1); g.grade(['n+1'], ['1+n'])\n"
+        "import grading, os, signal, sys\n"
+        "g = grading.Grader(workers=1); g.grade(['n+1'], ['1+n'])\n"
         "print(g._workers[0].process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
-    root = Path(grade.__file__).parent
+    root = Path(grading.__file__).parents[1]
     parent = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert parent.returncode == -signal.SIGKILL
     pid, deadline = int(parent.stdout), time.monotonic() + 10
@@ -625,7 +624,7 @@ def test_repeated_and_plain_rows_need_no_worker():
 
 
 def test_cache_is_bounded(monkeypatch):
-    monkeypatch.setattr(grade, "CACHE_SIZE", 3)
+    monkeypatch.setattr(workers, "CACHE_SIZE", 3)
     grader, asked = Grader(), []
     grader._ask_all = lambda pairs: [asked.append(pair) or ["true"] for pair in pairs]
     assert all(grader.grade([f"n+{i}" for i in range(6)], [f"{i}+n" for i in range(6)]))
@@ -644,9 +643,9 @@ def test_1024_rollouts_take_seconds(grader):
     grader.warm_up()
     grader._cache.clear()
     started = time.monotonic()
-    verdicts = grade.correct(texts, golds, grader)
+    verdicts = grading.correct(texts, golds, grader)
     first = time.monotonic() - started
-    assert grade.correct(texts, golds, grader) == verdicts  # another reward asks again
+    assert grading.correct(texts, golds, grader) == verdicts  # another reward asks again
     assert first < 3 and time.monotonic() - started - first < 0.2  # 0.3 s and 10 ms if idle
 
 
@@ -676,12 +675,12 @@ def test_1024_different_symbolic_pairs(grader):
 
 
 def test_process_wide_grader_is_one_and_lazy():
-    assert grade.grader() is grade.grader()
+    assert grading.grader() is grading.grader()
     code = (
-        "import grade, sys\n"
-        "grade.grader()\n"
-        "print(grade.correct([r'\\boxed{1}'], ['1.0']), 'math_verify' in sys.modules)"
+        "import grading, sys\n"
+        "grading.grader()\n"
+        "print(grading.correct([r'\\boxed{1}'], ['1.0']), 'math_verify' in sys.modules)"
     )
-    root = Path(grade.__file__).parent
+    root = Path(grading.__file__).parents[1]
     out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert out.stdout.strip() == "[True] False", out.stderr

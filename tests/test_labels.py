@@ -6,10 +6,10 @@ import re
 import pytest
 
 import eval as evaluation
-import grade
-import labels
-from configurator import UserError
+import grading
 from data import Problem, load_problems
+from harness.errors import UserError
+from tasks import labels
 
 P = Problem("p", "1/2", id="a", subject="s", level="3")
 
@@ -181,7 +181,7 @@ def digits(monkeypatch):
         found = re.findall(r"\d", text[:20])
         return found[-1] if found else None
 
-    monkeypatch.setattr(grade, "last_boxed", last_digit)
+    monkeypatch.setattr(grading, "last_boxed", last_digit)
 
 
 def command(world: str, path, *more: str) -> list[str]:
@@ -275,7 +275,7 @@ def test_real_boxes_from_the_command_line(tiny_random, tmp_path, capsys):
 
 
 def test_no_answer_at_all_is_said(tiny_random, tmp_path, monkeypatch):
-    monkeypatch.setattr(grade, "last_boxed", lambda text: None)
+    monkeypatch.setattr(grading, "last_boxed", lambda text: None)
     with pytest.raises(UserError, match="no sample has a boxed answer"):
         evaluation.main(command(tiny_random, tmp_path / "l.jsonl"))
     assert not (tmp_path / "l.jsonl").exists()

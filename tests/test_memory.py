@@ -9,13 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import eval as evaluation
-import memory
 import train as trainer
-from checkpoint import read_config
-from configurator import UserError
 from data import partition
+from harness import memory
+from harness.checkpoint import read_config
+from harness.errors import UserError
+from harness.memory import largest_micro_batch, plan, worst_case
 from lora import add_lora, lora_layers, merged, trainable
-from memory import largest_micro_batch, plan, worst_case
 from model import _chunk_stats, backbone, checkpoint_activations, head, load_model, token_stats
 from settings import Config, check
 from train import train

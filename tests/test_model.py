@@ -8,7 +8,7 @@ from scipy.stats import entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grpo
-from configurator import UserError
+from harness.errors import UserError
 from lora import (
     adapter_off,
     add_lora,

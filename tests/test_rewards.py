@@ -14,9 +14,11 @@ import pytest
 import torch
 from scipy.stats import mannwhitneyu, pearsonr
 
-import grade
+import grading
 import rewards
-from configurator import PROJECT, UserError
+from harness.configurator import PROJECT
+from harness.errors import UserError
+from tools import rewards as scoring
 
 TEXTS = [r"Python: \boxed{2}", r"\boxed{3}", "import python", r"so \boxed{4/2} or \boxed{"]
 
@@ -61,7 +63,7 @@ def test_python_reward_against_code_in_real_completions(
     shared, name, n, python, code, without_the_word
 ):
     """The word "python" against fences and lines that begin with def or print: docs/GRADING.md."""
-    rollouts, _ = rewards.read_completions(str(shared / "data" / "completions" / f"{name}.jsonl"))
+    rollouts, _ = scoring.read_completions(str(shared / "data" / "completions" / f"{name}.jsonl"))
     word = np.array(score("python", rollouts)) == 1
     lines = re.compile(r"^\s*(```|def \w+\(|print\()", re.MULTILINE)
     has_code = np.array([bool(lines.search(text)) for text in rollouts.text])
@@ -128,8 +130,8 @@ def test_online_majority_takes_the_first_of_equal_clusters_and_no_answer_never_w
 
 def test_answers_are_clustered_once_a_batch(monkeypatch):
     calls = []
-    clusters = grade.clusters
-    monkeypatch.setattr(grade, "clusters", lambda *a: calls.append(a) or clusters(*a))
+    clusters = grading.clusters
+    monkeypatch.setattr(grading, "clusters", lambda *a: calls.append(a) or clusters(*a))
     rollouts = grouped()
     score("semantic_entropy + majority(online)", rollouts)
     score("semantic_entropy", rollouts)
@@ -384,8 +386,10 @@ def test_the_readmes_reward_in_a_copy_of_the_project(tmp_path, tiny_random):
     readme = (PROJECT / "README.md").read_text()
     block = readme.partition("# rewards.py\n")[2].partition("```")[0]
     assert block.startswith("@reward(")
-    for path in PROJECT.glob("*.py"):
-        shutil.copy(path, tmp_path)
+    for package in (".", "grading", "decoding", "harness", "tasks"):
+        (tmp_path / package).mkdir(exist_ok=True)
+        for path in (PROJECT / package).glob("*.py"):
+            shutil.copy(path, tmp_path / package)
     with open(tmp_path / "rewards.py", "a") as file:
         file.write("\n" + block)
     (tmp_path / "config").mkdir()
@@ -442,14 +446,14 @@ def test_auroc_by_hand():
 
 
 def test_command_line(tmp_path, capsys):
-    rewards.main([])
+    scoring.main([])
     listed = capsys.readouterr().out
     assert all(name in listed for name in rewards.REGISTRY) and "random(p=0.5)" in listed
     assert all(entry.formula in listed and entry.source in listed
                for entry in rewards.REGISTRY.values())  # fmt: skip
 
     def table(*argv):
-        rewards.main([*argv, f"--completions={file}"])
+        scoring.main([*argv, f"--completions={file}"])
         head, _, *lines = capsys.readouterr().out.splitlines()
         return head, {line[:22].strip(): line[22:].split() for line in lines}
 
@@ -490,4 +494,4 @@ def test_command_line_errors(tmp_path, argv, content, says):
     good = json.dumps({"problem": "", "answer": "2", "completions": ["x"]})
     file.write_text(good if content is None else content)
     with pytest.raises(UserError, match=says):
-        rewards.main([arg.replace("FILE", str(file)) for arg in argv])
+        scoring.main([arg.replace("FILE", str(file)) for arg in argv])

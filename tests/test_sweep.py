@@ -12,8 +12,8 @@ import pytest
 from scipy import stats
 from test_figures import write_run
 
-import configurator
-from configurator import UserError
+from harness import configurator
+from harness.errors import UserError
 from tools import demo, jobs, plot, report, sweep
 from tools.arms import Arm
 

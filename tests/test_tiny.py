@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import grade
-import labels
-import tiny
+import grading
 from data import load_problems
-from grade import last_boxed
+from grading import last_boxed
+from tasks import labels, tiny
 
 
 def cases(n=200, hard=None):
@@ -88,7 +87,7 @@ def test_labelled_names(tmp_path, monkeypatch):
     for name, size in (("N_TRAIN", 32), ("N_TEST", 8), ("N_LABELS", 6), ("LABEL_SAMPLES", 3)):
         monkeypatch.setattr(tiny, name, size)
     # an untrained model boxes next to nothing
-    monkeypatch.setattr(grade, "last_boxed", lambda text: str(len(text) % 2) if text else None)
+    monkeypatch.setattr(grading, "last_boxed", lambda text: str(len(text) % 2) if text else None)
     assert all(tiny.is_tiny(f"{name}_labels") for name in ("tiny", "tiny_bad", "tiny_bad_hard"))
     assert not tiny.is_tiny("tiny_labels_hard") and not tiny.is_tiny("_labels")
 

@@ -10,9 +10,9 @@ from test_figures import write_run
 from transformers import AutoModelForCausalLM
 
 import sample
-import tiny
-from configurator import UserError
+from harness.errors import UserError
 from lora import add_lora, lora_layers, save_adapter
+from tasks import tiny
 from tools import bench, machine, peers, workload
 
 # ---- bench

@@ -7,16 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-import configurator
 import rewards
 import train as trainer
-from checkpoint import RunFolder, read_jsonl
-from configurator import UserError
 from data import Problem, Rollouts, partition
+from harness import configurator
+from harness.checkpoint import RunFolder, read_jsonl
+from harness.errors import UserError
 from lora import add_lora, lora_layers, trainable
 from model import load_model, token_stats
-from problems import PI_1, pick_one
 from settings import Config, check, choose_scale, early_warning, learning_rate, loss_knobs
+from tasks.problems import PI_1, pick_one
 from train import train
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import read_config, read_jsonl
-from configurator import UserError
+from harness.checkpoint import read_config, read_jsonl
+from harness.errors import UserError
 from settings import Config
 
 NO_ARM = ("seed", "out_dir", "resume")  # what runs of one arm may differ in

@@ -28,10 +28,11 @@ import torch
 import transformers
 from tqdm import tqdm
 
-import memory
-import slots
-from configurator import UserError, configure, run
+from decoding import slots
 from eval import choose_device
+from harness import memory
+from harness.configurator import configure
+from harness.errors import UserError, run
 from model import load_model
 from tools.machine import Cost, PeakMemory, ceilings, device_name, exponent, seconds
 from tools.workload import SHAPES, Step, even, weights

@@ -32,8 +32,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from configurator import UserError, configure, run
 from grpo import advantages, policy_loss
+from harness.configurator import configure
+from harness.errors import UserError, run
 from tools.clip_tables import mean_se, write
 
 CHUNK = 32_768  # rows of a mini-batch worked on at once: what they need stays in the cache

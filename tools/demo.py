@@ -9,7 +9,8 @@ Each run is an ordinary `train.py`; a demo that was stopped goes on where it was
 from dataclasses import dataclass
 from pathlib import Path
 
-from configurator import PROJECT, UserError, configure, run
+from harness.configurator import PROJECT, configure
+from harness.errors import UserError, run
 from tools.arms import Arm, load_arms
 from tools.jobs import Job, how_many, run_all
 from tools.plot import MOST_ARMS, cell, draw

@@ -21,8 +21,9 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from checkpoint import read_jsonl
-from configurator import UserError, configure, run
+from harness.checkpoint import read_jsonl
+from harness.configurator import configure
+from harness.errors import UserError, run
 from tools.arms import Arm, load_arms
 from tools.plot import (
     FEW_SEEDS,

@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import tiny
-from checkpoint import read_config, read_jsonl
-from configurator import PROJECT, UserError, configure
-from memory import device_memory
+from harness.checkpoint import read_config, read_jsonl
+from harness.configurator import PROJECT, configure
+from harness.errors import UserError
+from harness.memory import device_memory
 from settings import Config, choose_scale
+from tasks import tiny
 from tools.arms import as_saved, differences
 
 MEMORY_OF_RUN = 1.5e9  # bytes of a run of the tiny world, libraries included, rounded up

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from configurator import UserError
+from harness.errors import UserError
 from lora import lora_layers
 from tools.machine import PeakMemory, synchronize
 

@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from configurator import UserError, configure, run
+from harness.configurator import configure
+from harness.errors import UserError, run
 from tools.arms import Arm, load_arms
 
 PANELS = ("eval_accuracy", "accuracy", "code_frequency", "reward", "clip_frac", "entropy")

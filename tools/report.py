@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from checkpoint import read_config, read_jsonl
-from configurator import UserError
+from harness.checkpoint import read_config, read_jsonl
+from harness.errors import UserError
 from settings import Config
 from tools.arms import NO_ARM, SETTLED, Arm, differences, every_knob, finite, load_metrics, mean_run
 from tools.plot import FEW_SEEDS, MOST_ARMS, draw

@@ -31,8 +31,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import get_origin, get_type_hints
 
-from checkpoint import write_json
-from configurator import UserError, configure, run
+from harness.checkpoint import write_json
+from harness.configurator import configure
+from harness.errors import UserError, run
 from settings import Config, check
 from tools.arms import as_saved
 from tools.jobs import Job, how_many, run_all, state

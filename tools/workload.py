@@ -17,15 +17,15 @@ from transformers.utils import logging as hf_logging
 import grpo
 import metrics
 import rewards
-import tiny
 import train
 from data import Problem, Rollouts, load_problems, partition, prepare
 from engine import TRAIN_NOISE, Generation, decode, generate
 from eval import check_positions
+from harness.memory import rollout_weights
 from lora import add_lora, reference, trainable
-from memory import rollout_weights
 from model import checkpoint_activations, load_model, load_tokenizer
 from settings import Config
+from tasks import tiny
 
 if TYPE_CHECKING:
     from tools.bench import BenchConfig

@@ -1,20 +1,6 @@
 """Qwen2.5-Math-7B on one 24 GB card: 16 prompts x 8 a step, 1024 new tokens."""
 
+base = "qwen2.5_math_1.5b.py"
 model = "Qwen/Qwen2.5-Math-7B"
-quant = "nf4"
-lora_r = 32
-lora_alpha = 64
-train_data = "deepscaler"
-eval_data = "math500"
-prompt = "qwen_math"
-max_prompt_tokens = 512
-max_new_tokens = 1024
-steps = 150
-prompts_per_step = 16
-group_size = 8
 micro_batch_tokens = 4096
 rollout_rows = 32  # leaves room for merged rollout weights, by the plan printed at the start
-lr = 1e-5
-eval_every = 50
-eval_n = 200
-save_every = 10

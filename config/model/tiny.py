@@ -1,4 +1,4 @@
-"""The tiny world (tiny.py): minutes on two cores, no download. 128 rollouts a step."""
+"""The tiny world (tasks/tiny.py): minutes on two cores, no download. 128 rollouts a step."""
 
 model = "tiny"
 quant = "none"

@@ -1,26 +1,7 @@
-"""The tiny world whose bad habit is code (tiny.py): as config/model/tiny.py otherwise."""
+"""The tiny world in which code is the bad habit (tasks/tiny.py)."""
 
+base = "tiny.py"
 model = "tiny_bad"
-quant = "none"
-device = "cpu"
-dtype = "float32"
-lora_r = 8
-lora_alpha = 16
-gradient_checkpointing = False
 train_data = "tiny_bad"
 eval_data = "tiny_bad"
-prompt = "none"
 verifier = "tiny"  # the other family
-max_prompt_tokens = 32
-max_new_tokens = 56
-steps = 40
-prompts_per_step = 16
-group_size = 8
-micro_batch_tokens = 2048  # small: rows of like length together, less padding
-rollout_rows = 1024
-lr = 5e-4
-eval_every = 20
-eval_n = 200
-eval_k = 4
-eval_temperature = 1.0  # greedy decoding would always pick code
-save_every = 20

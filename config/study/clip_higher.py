@@ -1,6 +1,7 @@
-"""Clip-higher (DAPO, arXiv 2503.14476): .2 below, .28 above. Does the wider side hold entropy?"""
+"""Clip-higher, as in DAPO (arXiv 2503.14476): .2 below, .28 above. Does the wider side hold entropy?
+
+DAPO's token mean is our default. Its dynamic sampling and its length penalty are not here.
+"""
 
 reward = "random(0.5)"
-clip = "both"
-clip_low = 0.2
 clip_high = 0.28

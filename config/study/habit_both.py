@@ -1,13 +1,14 @@
-"""The habit alone, clipped on both sides: random rewards (docs/STUDY.md).
+"""The habit alone, clipped on both sides, with random rewards (docs/STUDY.md).
 
-The tiny world's first token chooses between code and a sentence. Trained on it alone, with plain
-SGD and a narrow clip, the clip acts and the calculations survive. For config/model/tiny.py and
-tiny_bad.py; run each seed with the coins flipped, too: --reward='random(0.5),~random(0.5)'.
+In the tiny world the first token chooses between code and a sentence. These files train that token
+alone, with plain SGD and a narrow clip: the clip then acts and the calculations survive. Use them
+with config/model/tiny.py or tiny_bad.py. Run each seed with its coins flipped as well:
+--reward='random(0.5),~random(0.5)'.
 """
 
 reward = "random(0.5)"
 max_new_tokens = 1
-eval_new_tokens = 56  # whole answers
+eval_new_tokens = 56  # evals sample whole answers
 prompts_per_step = 32
 micro_batch_tokens = 4096
 optimizer = "sgd"
@@ -16,6 +17,6 @@ clip_low = 0.1
 clip_high = 0.1
 steps = 40
 eval_every = 40
-base_every = 1000  # the log does without the base model
+base_every = 1000  # only the log would ask the base model
 save_every = 0
 log_samples = 0

@@ -1,21 +1,5 @@
-"""The habit alone, clipped from above only: random rewards (docs/STUDY.md).
+"""The habit alone (habit_both.py), clipped from above only."""
 
-The tiny world's first token chooses between code and a sentence. Trained on it alone, with plain
-SGD and a narrow clip, the clip acts and the calculations survive. For config/model/tiny.py and
-tiny_bad.py; run each seed with the coins flipped, too: --reward='random(0.5),~random(0.5)'.
-"""
-
-reward = "random(0.5)"
-max_new_tokens = 1
-eval_new_tokens = 56  # whole answers
-prompts_per_step = 32
-micro_batch_tokens = 4096
-optimizer = "sgd"
-lr = 0.15
+base = "habit_both.py"
 clip = "high"
-clip_high = 0.1
-steps = 40
-eval_every = 40
-base_every = 1000  # the log does without the base model
-save_every = 0
-log_samples = 0
+clip_low = 0.2  # has no effect

@@ -1,21 +1,5 @@
-"""The habit alone, one update of 8 times the rate: random rewards (docs/STUDY.md).
+"""The habit alone (habit_off.py), one update of 8 times the rate: a walk as long."""
 
-The tiny world's first token chooses between code and a sentence. Trained on it alone, with plain
-SGD and a narrow clip, the clip acts and the calculations survive. For config/model/tiny.py and
-tiny_bad.py; run each seed with the coins flipped, too: --reward='random(0.5),~random(0.5)'.
-"""
-
-reward = "random(0.5)"
-max_new_tokens = 1
-eval_new_tokens = 56  # whole answers
-prompts_per_step = 32
-micro_batch_tokens = 4096
-optimizer = "sgd"
-lr = 1.2  # a walk as long as the others
+base = "habit_off.py"
+lr = 1.2
 updates_per_step = 1
-clip = "off"  # it could not act
-steps = 40
-eval_every = 40
-base_every = 1000  # the log does without the base model
-save_every = 0
-log_samples = 0

@@ -26,10 +26,10 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-import grade
-from configurator import UserError
+import grading
 from data import Problem
 from engine import LABEL_NOISE, Progress, decode, generate
+from harness.errors import UserError
 from model import end_token_ids
 
 LabelBy = Literal["equivalence", "string"]
@@ -53,7 +53,7 @@ def count(pairs: list[tuple[str, int | str]]) -> list[tuple[str, int]]:
 
 
 def label_rows(
-    problems: list[Problem], answers: list[list[str | None]], grader: grade.Grader | None = None
+    problems: list[Problem], answers: list[list[str | None]], grader: grading.Grader | None = None
 ) -> list[dict]:
     """One row a problem from the answers of its samples, [problems][samples], None where none.
 
@@ -62,7 +62,7 @@ def label_rows(
     correct (against the gold answer); differ (the two labels are not equivalent).
     """
     groups = [i for i, part in enumerate(answers) for _ in part]
-    cluster = iter(grade.clusters([a for part in answers for a in part], groups, grader))
+    cluster = iter(grading.clusters([a for part in answers for a in part], groups, grader))
     rows = []
     for problem, part in zip(problems, answers, strict=True):
         pairs = [(answer, c) for answer in part if (c := next(cluster)) >= 0]
@@ -79,7 +79,7 @@ def label_rows(
     golds = [row["answer"] for row in rows]
     for by in ("equivalence", "string"):
         labels = [row[f"{by}_label"] or None for row in rows]
-        for row, right in zip(rows, (grader or grade.grader()).grade(labels, golds), strict=True):
+        for row, right in zip(rows, (grader or grading.grader()).grade(labels, golds), strict=True):
             row[f"{by}_correct"] = bool(right)
     return rows
 
@@ -113,7 +113,7 @@ def label(
                 (LABEL_NOISE, seed), temperature, top_p, top_k, rollout_rows, progress, start,
             )  # fmt: skip
             texts = decode(tokenizer, out.tokens, out.prompt_len, out.length)
-            flat = [grade.last_boxed(text) for text in texts]
+            flat = [grading.last_boxed(text) for text in texts]
             answers = [flat[i : i + samples] for i in range(0, len(flat), samples)]
             yield label_rows([problem for problem, _ in part], answers)
 

@@ -3,12 +3,12 @@
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from configurator import UserError
 from data import Rollouts, partition, render
+from harness.errors import UserError
 from model import load_model, load_tokenizer, token_stats
 
 
-class Verifier:
+class SecondModel:
     """mean_t log q(y_t) of responses under a model q (CME, arXiv 2605.29009), at temperature 1.
 
     With the policy's own vocabulary, q reads the sampled tokens, prompt included, as they are. With

@@ -1,4 +1,4 @@
-"""Configuration: a dataclass of defaults, config files that are read and never run, `--key=value`.
+"""Configuration: a dataclass of defaults, config files (parsed, never run) and `--key=value`.
 
     @dataclass
     class Config:
@@ -6,28 +6,22 @@
         lr: float = 1e-5  # AdamW step size
         clip: Literal["both", "off"] = "both"  # which side of the ratio is clipped
 
-    def main(argv: list[str]) -> None:
-        cfg, sources = configure(Config, argv)
+    cfg, sources = configure(Config, argv)
 
-    if __name__ == "__main__":
-        run(main)
-
-Precedence is fixed, whatever the order typed:
+The precedence is fixed, whatever the order typed:
 dataclass defaults < scale file (config/model/*.py) < experiment files, as typed < --key=value.
+
+A config file holds `key = value` lines. `base = "other.py"` names a file in the same folder that is
+read first; the file's own lines then win.
 """
 
 import ast
 import dataclasses
 import difflib
-import errno
 import inspect
-import io
 import math
-import os
 import re
 import sys
-import textwrap
-import tokenize
 import typing
 import warnings
 from collections.abc import Callable, Iterable
@@ -35,12 +29,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-PROJECT = Path(__file__).resolve().parent
+from harness.errors import UserError
+
+PROJECT = Path(__file__).resolve().parents[1]
 T = TypeVar("T")
-
-
-class UserError(ValueError):
-    """Something the user can cause and mend. The message is one line: where, what, what to do."""
 
 
 @dataclass
@@ -54,34 +46,6 @@ class Sources:
     origin: dict[str, str] = field(default_factory=dict)  # key -> default, a file, command line
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-    """Call main(sys.argv[1:]); end with one line, no traceback, where the code is not at fault.
-
-    Exit status: 2 for a UserError or a full disk, 130 for Ctrl-C, 141 for a closed pipe.
-    """
-    try:
-        main(sys.argv[1:])
-        sys.stdout.flush()  # a full disk or a closed pipe may show only now
-        return
-    except UserError as error:
-        line, status = f"error: {error}", 2
-    except KeyboardInterrupt:
-        line, status = "interrupted", 130
-    except OSError as error:
-        if error.errno == errno.EPIPE:
-            line, status = "", 141
-        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = f" (writing {error.filename})" if error.filename else ""
-            line, status = f"error: the disk is full{where}: free some space and start again", 2
-        else:
-            raise
-        # what is still buffered cannot be written: unmuted, Python complains again on the way out
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if line:
-        print(line, file=sys.stderr)
-    raise SystemExit(status)
-
-
 def configure(
     cls: type[T],
     argv: list[str],
@@ -93,7 +57,7 @@ def configure(
     no scale named, `default_scale(values)` gets the explicit values and returns (the path of a
     scale file or a dict of values, the reason as a printable line).
     Annotations may be int, float, bool, str, Literal, tuple of these, or one of these `| None`.
-    Raises UserError for anything wrong in argv or in a file; `--help` prints every knob and exits.
+    Raises UserError for anything wrong in argv or in a file; `--help` prints every key and exits.
     """
     if "--help" in argv or "-h" in argv:
         print(_help(cls, scales=default_scale is not None), flush=True)
@@ -175,14 +139,21 @@ def _find(name: str) -> Path:
     raise UserError(f"{name}: no such config file: {hint}")
 
 
-def _read_file(name: str, kinds: dict[str, Any]) -> dict[str, Any]:
-    """The assignments of a config file, checked; parsed with ast, so nothing in it is run."""
+def _read_file(name: str, kinds: dict[str, Any], readers: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The assignments of a config file and of its base, checked. Nothing in a file is run.
+
+    readers: the files that named this one as their base, to refuse a circle.
+    """
     path = _find(name)
+    if path.resolve() in readers:
+        raise UserError(f"{name}: the base files form a circle: {readers[-1].name} names it again")
     try:
-        tree = _parse(path.read_text(encoding="utf-8-sig"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # "\m" is a warning to Python and a slip in a config
+            tree = ast.parse(path.read_text(encoding="utf-8-sig"))
     except SyntaxError as error:
         raise UserError(f"{name}:{error.lineno or 1}: not Python: {error.msg}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MemoryError, RecursionError) as error:
         raise UserError(f"{name}: cannot be read as a config file: {error}") from None
     values: dict[str, Any] = {}
     for node in tree.body[ast.get_docstring(tree) is not None :]:
@@ -193,35 +164,22 @@ def _read_file(name: str, kinds: dict[str, Any]) -> dict[str, Any]:
         key = targets[0].id
         if key in values:
             raise UserError(f"{where}: {key} is set twice in this file: keep one")
-        values[key] = _check(key, node.value, kinds, where, lambda n, k: _typed(_literal(n), k))
-    return values
+        keys = kinds | {"base": str}
+        values[key] = _check(key, node.value, keys, where, lambda n, k: _typed(_literal(n), k))
+        if key == "base" and not (path.parent / values[key]).is_file():
+            raise UserError(f"{where}: base {values[key]!r} is not a file beside this one")
+    if "base" not in values:
+        return values
+    base = str(path.parent / values.pop("base"))
+    return _read_file(base, kinds, (*readers, path.resolve())) | values
 
 
-def _parse(text: str, mode: Literal["exec", "eval"] = "exec") -> Any:
-    """ast.parse, with SyntaxError or ValueError for what is wrong with the text."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # "\m" is a warning to Python and a slip in a config file
-        return ast.parse(text, mode=mode)
-
-
-def _literal(node: ast.expr) -> Any:
-    """The value of a literal, or of a product of literal numbers such as 64 * 1024."""
-    match node:
-        case ast.Constant(value=bool() | int() | float() | str() | None):
-            return node.value
-        case ast.Tuple() | ast.List():
-            return tuple(_literal(item) for item in node.elts)
-        case ast.UnaryOp(op=ast.USub()) if _is_number(value := _literal(node.operand)):
-            return -value
-        case ast.BinOp(op=ast.Mult()):
-            left, right = _literal(node.left), _literal(node.right)
-            if _is_number(left) and _is_number(right):
-                return left * right
-    raise ValueError("wants a plain number, text, True, False, None or a tuple of these")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _literal(node: ast.expr | str) -> Any:
+    """The value of a literal; ValueError for anything else."""
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise ValueError("wants a number, text in quotes, True, False, None or a tuple") from None
 
 
 def _nearest(name: str, options: Iterable[str]) -> list[str]:
@@ -283,10 +241,10 @@ def _typed(value: Any, kind: Any) -> Any:
         if len(item_kinds) == len(value):
             return tuple(map(_typed, value, item_kinds))
         wants = f"wants {len(item_kinds)} values ({_kind_name(kind)}), got {len(value)}"
-    elif kind in (int, float) and _is_number(value):
+    elif kind in (int, float) and type(value) in (int, float):
         if abs(value) > sys.float_info.max or math.isnan(value):
             wants = f"wants a finite number, got {value!r}"
-        elif kind is float or value == int(value):
+        elif kind is float or value == int(value):  # 1e5 is a whole number where one is wanted
             return kind(value)
     elif type(value) is kind:
         return value
@@ -313,10 +271,10 @@ def _guess(text: str) -> tuple[Any, str]:
     text = text.strip()
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         return text[1:-1], text[1:-1]
-    if re.fullmatch(r"[-*\d._eE,()\s]+", text):
+    if re.fullmatch(r"[-+\d._eE]+", text):
         try:
-            return _literal(_parse(text, "eval").body), text
-        except (SyntaxError, ValueError):
+            return _literal(text), text
+        except ValueError:
             pass
     return {"true": True, "false": False, "none": None}.get(text.lower(), text), text
 
@@ -325,7 +283,7 @@ def _guess(text: str) -> tuple[Any, str]:
 
 
 def _help(cls: type, scales: bool) -> str:
-    """Every knob with its default, type and comment, in the order and under the headings of the
+    """Every key with its default, type and comment, in the order and under the headings of the
     source: a comment on a line of its own is a heading, one behind a field describes it."""
     defaults, kinds = cls(), _kinds(cls)
     left = {key: f"--{key}={_show(getattr(defaults, key))}" for key in kinds}
@@ -336,16 +294,15 @@ def _help(cls: type, scales: bool) -> str:
     lines = [f"usage: python {call}{files} [--key=value]"]
     lines += ["", (cls.__doc__ or "").strip().partition("\n")[0], ""]
     classes = filter(dataclasses.is_dataclass, reversed(cls.__mro__))
-    sources = [textwrap.dedent(inspect.getsource(c)).split("\n    def ")[0] for c in classes]
-    for token in tokenize.generate_tokens(io.StringIO("\n".join(sources)).readline):
-        starts_line = not token.line[: token.start[1]].strip()
-        if starts_line and token.type == tokenize.NAME and token.string in kinds:
-            lines.append(f"  {left[token.string]:{width}}  ({_kind_name(kinds[token.string])})")
-        elif starts_line and token.type == tokenize.COMMENT:
+    for line in "\n".join(map(inspect.getsource, classes)).splitlines():
+        heading, key = re.match(r"\s*# ?(.*)", line), re.match(r"\s*(\w+): ", line)
+        if heading:
             lines += [""] if lines[-1].startswith("  ") else []
-            lines.append(token.string.strip("#- "))
-        elif token.type == tokenize.COMMENT:
-            lines[-1] += " " + token.string.strip("# ")
+            lines.append(heading[1].strip("- "))
+        elif key and key[1] in kinds:
+            comment = line.partition("  # ")[2]
+            kind = _kind_name(kinds[key[1]])
+            lines.append(f"  {left[key[1]]:{width}}  ({kind}) {comment}".rstrip())
     return "\n".join(lines)
 
 

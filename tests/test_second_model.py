@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import tiny
-from configurator import UserError
 from data import Problem, Rollouts
+from harness.errors import UserError
+from harness.second_model import SecondModel
 from model import load_tokenizer
-from verifier import Verifier
+from tasks import tiny
 
 PROBLEMS = ["Start: 3 add 4?", "Start: 5 times 2 minus 1?"]
 TEXTS = ["First, 3 plus 4 gives 7.", "\\boxed{7}", "In my head: 9", ""]
@@ -52,7 +52,7 @@ def test_same_vocabulary_reads_the_sampled_tokens(
     tiny_random, policy_tokenizer, micro_batch_tokens
 ):
     r = rollouts(policy_tokenizer)
-    verifier = Verifier(tiny_random, policy_tokenizer, "none")
+    verifier = SecondModel(tiny_random, policy_tokenizer, "none")
     assert verifier.same
     rows = [(t.tolist(), p, n) for t, p, n in
             zip(r.tokens, r.prompt_len.tolist(), r.length.tolist(), strict=True)]  # fmt: skip
@@ -64,7 +64,7 @@ def test_another_vocabulary_reads_the_text(shared, policy_tokenizer):
     """stories260K on the tiny world's responses: its own tokens, prompt and end token."""
     folder = str(shared / "models" / "stories260K")
     r = rollouts(policy_tokenizer)
-    verifier = Verifier(folder, policy_tokenizer, "none")
+    verifier = SecondModel(folder, policy_tokenizer, "none")
     assert not verifier.same
     own = AutoTokenizer.from_pretrained(folder)
     responses = [
@@ -78,4 +78,6 @@ def test_another_vocabulary_reads_the_text(shared, policy_tokenizer):
 
 def test_a_verifier_without_the_prompts_chat_template_is_refused(tiny_random, shared):
     with pytest.raises(UserError, match="no chat template"):
-        Verifier(tiny_random, load_tokenizer(str(shared / "tokenizers" / "qwen2.5")), "qwen_math")
+        SecondModel(
+            tiny_random, load_tokenizer(str(shared / "tokenizers" / "qwen2.5")), "qwen_math"
+        )

@@ -24,14 +24,9 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-from answers import MAX_CHARS, is_equiv, quick_verdict
-from configurator import UserError
-from spelling import last_boxed, lenient_answer, normalize
-
-__all__ = ["Grader", "clusters", "correct", "grader", "load_completions"]
-__all__ += ["is_equiv", "last_boxed", "lenient_answer", "normalize"]
+from grading.answers import MAX_CHARS, is_equiv, quick_verdict
+from grading.spelling import last_boxed, normalize
 
 CACHE_SIZE = 100_000  # verdicts kept by a Grader
 WORKER_BYTES = 1 << 30  # address space of a worker
@@ -47,8 +42,9 @@ class _Worker:
     def __init__(self, timeout: float) -> None:
         self.patience = 10 * timeout + 10  # wall clock; its own limit is in processor time
         # Our folder goes last on the path: no file of a fork may shadow what sympy imports.
-        folder = os.path.dirname(os.path.abspath(__file__))
-        code = f"import sys; sys.path.append({folder!r}); import grade; grade.work({timeout})"
+        folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        code = f"import sys; sys.path.append({folder!r})\n"
+        code += f"from grading import workers; workers.work({timeout})"
         command = [sys.executable, "-P", "-c", code]
         pipe = subprocess.PIPE  # a session of its own: Ctrl-C belongs to the parent
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
@@ -223,38 +219,6 @@ def clusters(
         left = {g: [r for r in rows[1:] if cluster[r] == r] for g, rows in pending.items()}
         pending = {group: rows for group, rows in left.items() if rows}
     return [row if row < 0 else cluster[row] for row in cluster]
-
-
-def load_completions(file: str) -> list[dict]:
-    """Rows of a .jsonl of saved completions: problem, answer (str), completions (list of str) and,
-    where there are any, correct (one for each completion) and other columns.
-
-    Raises UserError naming the line that is no such row.
-    """
-    try:
-        lines = Path(file).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--completions={file}: cannot be read as text: {error}") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{file}:{number}: not JSON ({error})") from error
-        texts = row.get("completions") if isinstance(row, dict) else None
-        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
-            raise UserError(f"{file}:{number}: wants completions, a list of one or more strings")
-        if row.get("answer") is None:
-            raise UserError(f"{file}:{number}: wants an answer")
-        correct = row.get("correct")
-        if correct is not None and (not isinstance(correct, list) or len(correct) != len(texts)):
-            raise UserError(f"{file}:{number}: wants as many of correct as of completions")
-        rows.append({"problem": "", **row, "answer": str(row["answer"])})
-    if not rows:
-        raise UserError(f"{file}: holds no completions")
-    return rows
 
 
 # --------------------------------------------------------------------------- the worker's own side

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from fractions import Fraction
 from itertools import accumulate
 
-import symbolic
-from spelling import normalize, spell
+from grading import symbolic
+from grading.spelling import normalize, spell
 
 MAX_CHARS = 500  # a longer answer is right only if it is the gold string itself
 MAX_EXPONENT = 9999  # beyond it sympy may build numbers that never end

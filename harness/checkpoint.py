@@ -25,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from configurator import UserError
+from harness.errors import UserError
 from lora import lora_layers, save_adapter, save_tensors, trainable
 
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "numpy", "math-verify", "tokenizers")
@@ -210,7 +210,7 @@ def _provenance() -> dict:
             versions[library] = None
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
     )

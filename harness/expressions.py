@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from configurator import UserError
+from harness.errors import UserError
 
 # What to do about a field that the rollouts at hand do not have.
 MISSING = {

@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from configurator import UserError
 from data import Problem, load_problems
+from harness.errors import UserError
 
 CODE_SHARE = 0.65  # of the base model's answers, in both families (Qwen2.5-Math-7B: 0.65)
 BOXED_SHARE = 0.8
@@ -226,7 +226,7 @@ def resolve(name: str, cache: Path | None = None, seed: int = 0, steps: int = TR
         return name
     data = name.removesuffix("_labels")
     family = data.removesuffix("_hard")
-    cache = cache or Path(__file__).parent / "cache"
+    cache = cache or Path(__file__).parents[1] / "cache"
     recipe = hashlib.sha256(Path(__file__).read_bytes() + repr((seed, steps)).encode())
     world = cache / f"{family}-{recipe.hexdigest()[:8]}"
     if not world.exists():
@@ -285,8 +285,8 @@ def build(family: str, folder: Path, seed: int = 0, steps: int = TRAIN_STEPS) ->
 def build_labels(world: Path, data: Path, seed: int = 0, desc: str = "labels") -> None:
     """Make data/labels: the first problems of data's train.jsonl with majority labels by the base
     model of the folder world, and data's test.jsonl."""
-    import labels  # here, since no other use of the tiny world needs an engine
     from model import load_model, load_tokenizer
+    from tasks import labels  # here, since no other use of the tiny world needs an engine
 
     model, tokenizer = load_model(str(world)), load_tokenizer(str(world))
     problems = load_problems(str(data), "train")[:N_LABELS]

@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from configurator import UserError
 from engine import PREFILL_TOKENS, STATIC_DEVICES, drop_slots
+from harness.errors import UserError
 from lora import computation_dtype, lora_layers, merged, trainable
 from model import LOGITS_CHUNK, head, token_stats
 

@@ -1,10 +1,10 @@
 """Which problems a run trains on: held-out ones dropped, labels where needed, one-shot."""
 
-import grade
-import tiny
-from configurator import UserError
+import grading
 from data import Problem, drop_overlap, load_problems
-from expressions import Reward
+from harness.errors import UserError
+from harness.expressions import Reward
+from tasks import tiny
 
 # The training problem of "one-shot RLVR" (pi_1 of Wang et al., arXiv 2504.20571), in our own words.
 # P = k A V^3 gives V = 2048^(1/3) = 12.699; the paper trains on the label 12.8, and so do we.
@@ -63,7 +63,7 @@ def training_problems(
         dropped.append(f"{len(problems) - len(labelled)} without a label")
         problems = labelled
     if "incorrect" in reward.names:
-        right = grade.grader().grade([p.label for p in problems], [p.answer for p in problems])
+        right = grading.grader().grade([p.label for p in problems], [p.answer for p in problems])
         problems = [p for p, r in zip(problems, right, strict=True) if not r]
         if not problems:
             raise UserError(f"reward={reward}: every label in train_data={source} is right")

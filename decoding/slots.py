@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from kvcache import KVCache, Prompt, StaticCache
+from decoding.kvcache import KVCache, Prompt, StaticCache
+from decoding.sampling import sample
 from model import backbone, head
-from sampling import sample
 
 GRAPH_DEVICES = ("cuda",)  # where a step is captured
 SHRINK = 0.9  # ended rows leave when fewer than this share of the slots is alive
