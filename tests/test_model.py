@@ -163,8 +163,10 @@ def test_chunk_size_changes_nothing_on_a_real_model(stories):
     results = [token_stats(*stories, chunk=chunk) for chunk in (1, 7, 10_000)]
     for name in ("logp", "entropy", "self_certainty"):
         first, *others = (getattr(stats, name).double() for stats in results)
-        for other in others:  # one row alone takes another kernel than several
-            assert ((first - other).abs() <= 1e-6 * (1 + first.abs())).all()
+        # One row alone takes another kernel than several do, and an fp32 logit between 16 and 32
+        # stands on a grid of 1.9e-6.
+        for other in others:
+            assert ((first - other).abs() <= 2e-6 * (1 + first.abs())).all()
 
 
 def test_chunk_changes_nothing_forward_or_backward(model_folders):

@@ -355,7 +355,9 @@ def test_every_reward_is_logged_at_weight_0(small, monkeypatch):
 
 def test_auroc_of_the_trained_reward_is_logged(small, monkeypatch):
     right = [True, False] * 16
-    monkeypatch.setattr(trainer.rewards.grade, "correct", lambda texts, golds: right[: len(texts)])
+    monkeypatch.setattr(
+        trainer.rewards.grading, "correct", lambda texts, golds: right[: len(texts)]
+    )
     (m,) = train(replace(small, reward="ground_truth + 0.5*random(1)", steps=1))
     assert m["reward_auroc"] == 1 and m["constant/auroc"] == 0.5
     assert 0 < m["random/auroc"] < 1 and m["length_correct"] > 0 and m["length_wrong"] > 0
