@@ -6,26 +6,23 @@ leaves, and a waiting one takes its slot; the randomness of a token depends on i
 alone, so neither batch nor slot changes a sample. On the GPU a step is a captured graph (slots.py).
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from decoding.kvcache import PrefillCache, Prompt, decoding
+from decoding.kvcache import PrefillCache, Prompt, decode_attention
 from decoding.sampling import uniforms
-from decoding.slots import Rows, Slots
-from lora import rollout_address
+from decoding.slots import DecodeSetup, Rows, Slots
+from lora import weights_address
 from model import backbone, head
 
 # First key of the noise: training, eval and majority labels never share a stream.
 TRAIN_NOISE, EVAL_NOISE, LABEL_NOISE = 1, 2, 3
 PREFILL_TOKENS = 16_384  # prompt tokens, padded, read at once; until placed they are held, too
-STATIC_DEVICES = ("cuda",)  # where slots are static (slots.Slots)
 
 
 @dataclass
@@ -45,26 +42,6 @@ class Generation:
 
 
 # --------------------------------------------------------------------------------------- decoding
-
-
-class Progress:
-    """A progress bar over rows that shows tokens/s; pass it to generate."""
-
-    def __init__(self, rows: int, desc: str, **kwargs):
-        self.bar = tqdm(total=rows, desc=desc, unit="row", **kwargs)
-        self.tokens, self.start = 0, time.monotonic()
-
-    def __call__(self, tokens: int, rows: int) -> None:
-        self.tokens += tokens
-        speed = self.tokens / max(time.monotonic() - self.start, 1e-9)
-        self.bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
-        self.bar.update(rows)
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.bar.close()
 
 
 @torch.no_grad()
@@ -117,13 +94,13 @@ def generate(
     budget = torch.tensor([max_new_tokens] * B if budgets is None else list(budgets))
     lens = torch.tensor([len(p) for p in prompts]).repeat_interleave(group_size)
     shape = (B, max_new_tokens, end_ids, (temperature, top_p, top_k))
-    with decoding(model):
+    with decode_attention(model):
         key, slots = _slots(model, shape, min(B, max_rows), int(lens.max()))
         rows = slots.rows
         rows.begin(uniform, budget, lens)
         _decode_all(model, prompts, group_size, slots, progress)
     if slots.static:  # for the next call; not where this one failed
-        model.static_slots = (key, slots)
+        slots.setup.kept = (key, slots)
     length, finished = rows.length.cpu(), rows.finished.cpu()
     response, logp = rows.response.cpu(), rows.logp.cpu()
 
@@ -180,21 +157,28 @@ def _slots(model, shape, n, longest) -> tuple[tuple, Slots]:
     shape: see slots.Rows; longest: tokens of the longest prompt.
     """
     device = next(model.parameters()).device
-    static = device.type in STATIC_DEVICES
-    key = (repr(shape), n, rollout_address(model))
-    kept_key, kept = getattr(model, "static_slots", None) or (None, None)
+    setup = decode_setup(model)
+    key = (repr(shape), n, weights_address(model))
+    kept_key, kept = setup.kept or (None, None)
     drop_slots(model)
     if kept_key == key and kept.longest >= longest:
         kept.begin()
     else:
         kept = None  # its memory goes before new buffers want some
-        kept = Slots(model, Rows(*shape, device), n, longest, static)
+        kept = Slots(model, Rows(*shape, device), n, longest, setup)
     return key, kept
 
 
 def drop_slots(model: nn.Module) -> None:
     """Free the buffers and graphs that generate keeps from call to call where they are static."""
-    model.static_slots = None
+    decode_setup(model).kept = None
+
+
+def decode_setup(model: nn.Module) -> DecodeSetup:
+    """How this model decodes; set model.decode_setup to change it."""
+    if getattr(model, "decode_setup", None) is None:
+        model.decode_setup = DecodeSetup.for_device(next(model.parameters()).device)
+    return model.decode_setup
 
 
 def decode(

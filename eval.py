@@ -20,12 +20,19 @@ from transformers import PreTrainedTokenizerBase
 
 import grading
 from data import Problem, load_completions, load_problems, prepare, subset
-from engine import EVAL_NOISE, Progress, decode, generate
+from engine import EVAL_NOISE, decode, generate
 from harness.checkpoint import read_config, save_rows, trained_weights
 from harness.configurator import configure
 from harness.errors import UserError, run
+from harness.progress import Progress
 from lora import load_adapter
-from model import end_token_ids, load_model, load_tokenizer
+from model import (
+    check_positions,
+    choose_device,
+    end_token_ids,
+    load_model,
+    load_tokenizer,
+)
 from tasks import labels, tiny
 from tasks.labels import LabelBy
 
@@ -202,20 +209,6 @@ def fill(cfg: EvalConfig, given: dict) -> EvalConfig:
     return replace(cfg, **{key: value for key, value in values.items() if key not in given})
 
 
-def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """Resolve auto. Raises UserError for a device that is not there."""
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    try:
-        resolved = torch.device(name)
-        torch.zeros(1, device=resolved)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {device!r} cannot be used here ({reason})") from error
-    if dtype == "auto":
-        dtype = "bfloat16" if resolved.type == "cuda" else "float32"
-    return resolved, getattr(torch, dtype)
-
-
 def load_for_eval(cfg: EvalConfig) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     """Model (with its adapter) and tokenizer of an EvalConfig or the like."""
     device, dtype = choose_device(cfg.device, cfg.dtype)
@@ -225,16 +218,6 @@ def load_for_eval(cfg: EvalConfig) -> tuple[torch.nn.Module, PreTrainedTokenizer
     if cfg.adapter:
         load_adapter(model, cfg.adapter)
     return model, tokenizer
-
-
-def check_positions(model: torch.nn.Module, max_prompt_tokens: int, max_new_tokens: int) -> None:
-    """A prompt and response longer than the model's positions is an error, before any work."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions and max_prompt_tokens + max_new_tokens > positions:
-        raise UserError(
-            f"max_prompt_tokens + max_new_tokens = {max_prompt_tokens} + {max_new_tokens} exceeds "
-            f"the model's {positions} positions: lower one of them"
-        )
 
 
 def report(summary: dict, folder: Path | None) -> None:

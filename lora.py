@@ -156,7 +156,7 @@ def merged(model: nn.Module, free: bool = False) -> Iterator[None]:
                 layer.merged_weight = None
 
 
-def rollout_address(model: nn.Module) -> tuple:
+def weights_address(model: nn.Module) -> tuple:
     """Which weights a forward multiplies by now: while this stays, so does a captured graph."""
     layers = lora_layers(model).values()
     return tuple(

@@ -31,6 +31,20 @@ END_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<
 # ---------------------------------------------------------------------------------------- loading
 
 
+def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """Resolve auto. Raises UserError for a device that is not there."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        resolved = torch.device(name)
+        torch.zeros(1, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {device!r} cannot be used here ({reason})") from error
+    if dtype == "auto":
+        dtype = "bfloat16" if resolved.type == "cuda" else "float32"
+    return resolved, getattr(torch, dtype)
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub id or folder. Raises UserError if there is none within reach."""
     with _readable_errors(name, "tokenizer"):
@@ -105,6 +119,16 @@ def _readable_errors(name: str, what: str) -> Iterator[None]:
             "name a local folder"
         )
         raise UserError(f"{what} {name!r}: {hint} ({reason})") from error
+
+
+def check_positions(model: torch.nn.Module, max_prompt_tokens: int, max_new_tokens: int) -> None:
+    """A prompt and response longer than the model's positions is an error, before any work."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions and max_prompt_tokens + max_new_tokens > positions:
+        raise UserError(
+            f"max_prompt_tokens + max_new_tokens = {max_prompt_tokens} + {max_new_tokens} exceeds "
+            f"the model's {positions} positions: lower one of them"
+        )
 
 
 @torch.no_grad()

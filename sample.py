@@ -15,11 +15,12 @@ from typing import Literal
 
 import grading
 from data import Problem, load_problems, prepare
-from engine import EVAL_NOISE, Progress, decode, generate
+from engine import EVAL_NOISE, decode, generate
 from eval import load_for_eval
 from harness.checkpoint import read_config, trained_weights
 from harness.configurator import configure
 from harness.errors import UserError, run
+from harness.progress import Progress
 from lora import adapter_off
 from model import end_token_ids, load_model
 from tasks import tiny

@@ -46,18 +46,21 @@ from data import (
     prepare,
     subset,
 )
-from engine import TRAIN_NOISE, Progress, decode, generate
-from eval import check_positions, choose_device, evaluate
+from engine import TRAIN_NOISE, decode, generate
+from eval import evaluate
 from harness.checkpoint import RunFolder, StopOnCtrlC, save_rows
 from harness.configurator import configure, format_config
 from harness.errors import UserError, run
-from harness.memory import LastStep, peak_memory, phase, rollout_weights, settle
+from harness.memory import LastStep, decode_with, peak_memory, phase, settle
+from harness.progress import Progress
 from harness.second_model import SecondModel
 from lora import add_lora, reference, trainable
 from metrics import describe, describe_clip, sample_log, summary_table
 from model import (
     TokenStats,
+    check_positions,
     checkpoint_activations,
+    choose_device,
     end_token_ids,
     load_model,
     load_tokenizer,
@@ -307,7 +310,7 @@ def train(cfg: Config) -> list[dict]:
         last_step.done(first - 1)
 
         def run_eval(step: int) -> dict:
-            with phase("eval"), rollout_weights(model, how):
+            with phase("eval"), decode_with(model, how):
                 summary, graded = evaluate(
                     model, tokenizer, eval_items, cfg.eval_k, cfg.eval_temperature,
                     eval_tokens, cfg.seed, cfg.rollout_rows, desc=f"eval at step {step}",
@@ -324,7 +327,7 @@ def train(cfg: Config) -> list[dict]:
         bar = tqdm(range(first, cfg.steps + 1), desc=cfg.reward, initial=first - 1, total=cfg.steps)
         for step in bar:
             seconds: dict[str, float] = {}
-            with phase("sample", seconds), rollout_weights(model, how):
+            with phase("sample", seconds), decode_with(model, how):
                 rollouts = sample_rollouts(model, tokenizer, items, cfg, step)
             total = (rollouts.prompt_len + rollouts.length).tolist()
             parts = partition(total, cfg.updates_per_step, cfg.micro_batch_tokens, cfg.seed, step)

@@ -156,7 +156,15 @@ class StaticCache:
 
     is_compileable = False
 
-    def __init__(self, slots: int, longest_prompt: int, max_new_tokens: int, like: Prompt):
+    def __init__(
+        self,
+        slots: int,
+        longest_prompt: int,
+        max_new_tokens: int,
+        like: Prompt,
+        bucket: int = BUCKET,
+    ):
+        self.bucket = bucket
         columns = longest_prompt + max_new_tokens
         self.keys, self.values = (
             [x.new_zeros(slots, x.shape[0], columns, x.shape[2]) for x in layers]
@@ -179,7 +187,7 @@ class StaticCache:
     def shape(self) -> int:
         """Columns read in the coming step."""
         held = max((n for n in self.held if n is not None), default=-self.tick) + self.tick + 1
-        return min(-(-held // BUCKET) * BUCKET, len(self.at))
+        return min(-(-held // self.bucket) * self.bucket, len(self.at))
 
     def open(self, position: torch.Tensor) -> torch.Tensor:
         """The mask of a step, [n, 1, 1, S]; position [n]: columns to which `update` writes."""
@@ -218,7 +226,7 @@ class StaticCache:
         self.held = [self.held[slot] for slot in slots] + [None] * (len(self.held) - len(slots))
 
     def make_room(self) -> None:
-        """There is."""
+        """Nothing to do: the buffers are full length."""
 
     def advance(self) -> None:
         self.tick += 1
@@ -242,7 +250,7 @@ AttentionInterface.register("nanorlvr_decode", _attention)
 
 
 @contextmanager
-def decoding(model: nn.Module) -> Iterator[None]:
+def decode_attention(model: nn.Module) -> Iterator[None]:
     """Our attention function, no gradients, and no gradient checkpointing (it drops the cache)."""
     config = model.config
     before = config._attn_implementation

@@ -7,15 +7,15 @@ long as nothing is replaced, it stays valid while weights (lora.merged), cache a
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from decoding.kvcache import KVCache, Prompt, StaticCache
+from decoding.kvcache import BUCKET, KVCache, Prompt, StaticCache
 from decoding.sampling import sample
 from model import backbone, head
 
-GRAPH_DEVICES = ("cuda",)  # where a step is captured
 SHRINK = 0.9  # ended rows leave when fewer than this share of the slots is alive
 
 
@@ -54,22 +54,38 @@ class Rows:
         return token, self.finished[row] | (self.length[row] >= self.budget[row])
 
 
-class Slots:
-    """n slots: the row in each, its last token, its part of the cache.
+@dataclass
+class DecodeSetup:
+    """How a model decodes. The engine makes one for each model, and tests make their own.
 
-    static: no tensor is ever replaced and each step is one of few shapes (StaticCache), so that
-    steps can be captured where the device has graphs. Else slots that nobody needs are dropped at
-    once and the cache is as small as can be (KVCache), which suits the CPU.
+    static: no tensor is ever replaced and each step has one of a few shapes (StaticCache), so that
+    steps can be captured as CUDA graphs. Otherwise slots that no row needs are dropped at once and
+    the cache is as small as possible (KVCache), which suits the CPU.
     """
 
-    def __init__(self, model: nn.Module, rows: Rows, slots: int, longest: int, static: bool):
+    static: bool
+    capture: Callable | None = None  # makes a graph of a step; None: every step runs eagerly
+    bucket: int = BUCKET  # a static cache is read up to a multiple of this many columns
+    # Static slots and their graphs, kept from call to call with the key of what they are made for.
+    kept: tuple[tuple, "Slots"] | None = field(default=None, repr=False)
+
+    @classmethod
+    def for_device(cls, device: torch.device) -> "DecodeSetup":
+        """Static slots and graphs on CUDA; a growing cache elsewhere."""
+        return cls(True, capture) if device.type == "cuda" else cls(False)
+
+
+class Slots:
+    """n slots: the row in each, its last token, its part of the cache."""
+
+    def __init__(self, model: nn.Module, rows: Rows, slots: int, longest: int, setup: DecodeSetup):
         """longest: tokens of the longest prompt that will ever be placed."""
         self.model, self.rows, self.slots, self.longest = model, rows, slots, longest
-        self.static = static
+        self.setup, self.static = setup, setup.static
         device = rows.length.device
-        self.captures = static and device.type in GRAPH_DEVICES
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
-        self.row, self.token = (torch.zeros(slots, dtype=torch.int64, device=device) for _ in "12")
+        self.row = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.token = torch.zeros(slots, dtype=torch.int64, device=device)
         self.over = torch.ones(slots, dtype=torch.bool, device=device)
         self.cache: KVCache | StaticCache | None = None
         self.n = slots  # slots in use
@@ -84,8 +100,8 @@ class Slots:
         """Rows of one prompt move into slots and get their first token."""
         if self.cache is None:
             max_new = self.rows.uniform.shape[1]
-            kind = StaticCache if self.static else KVCache
-            self.cache = kind(self.slots, self.longest, max_new, prompt)
+            sizes = (self.slots, self.longest, max_new, prompt)
+            self.cache = StaticCache(*sizes, self.setup.bucket) if self.static else KVCache(*sizes)
         self.cache.place(group, prompt)
         row = torch.tensor(rows, device=self.row.device)
         self.row[group] = row
@@ -122,7 +138,7 @@ class Slots:
             self.graphs[key].replay()
         else:
             self._step()
-            if self.captures:
+            if self.static and self.setup.capture:
                 self._capture(key)
         self.cache.advance()
 
@@ -145,12 +161,11 @@ class Slots:
         # One memory pool for all: what a graph computes on the way is of no use to another.
         pool = next((graph.pool() for graph in self.graphs.values()), None)
         try:
-            self.graphs[key] = capture(self._step, pool)
+            self.graphs[key] = self.setup.capture(self._step, pool)
         except RuntimeError as error:
             if stream:  # a capture that fails late leaves its own stream in place
                 torch.cuda.set_stream(stream)
-            global GRAPH_DEVICES  # it would fail again
-            self.captures, GRAPH_DEVICES = False, ()
+            self.setup.capture = None  # it would fail again
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             warnings.warn(f"decoding goes on without CUDA graphs: {reason}", stacklevel=2)
 

@@ -14,21 +14,21 @@ from typing import Literal
 import torch
 from torch import nn
 
-from engine import PREFILL_TOKENS, STATIC_DEVICES, drop_slots
+from engine import PREFILL_TOKENS, decode_setup, drop_slots
 from harness.errors import UserError
 from lora import computation_dtype, lora_layers, merged, trainable
 from model import LOGITS_CHUNK, head, token_stats
 
 # What decoding multiplies by: a merged copy that stays, one that is dropped after each use, or the
 # base and its adapter as they are.
-Rollout = Literal["kept", "freed", "adapter"]
+DecodeWeights = Literal["kept", "freed", "adapter"]
 # Share of the device that may be planned for: the CUDA context, the libraries' workspaces and what
 # the allocator cannot use for want of a hole large enough take the rest.
 USABLE = 0.9
 
 
 @contextmanager
-def rollout_weights(model: nn.Module, how: Rollout) -> Iterator[None]:
+def decode_with(model: nn.Module, how: DecodeWeights) -> Iterator[None]:
     """Inside, decoding goes by these weights (lora.merged)."""
     try:
         with nullcontext() if how == "adapter" else merged(model, free=how == "freed"):
@@ -62,7 +62,7 @@ class Plan:
     checkpointing: bool
     static: bool  # whether decoding keeps its cache (slots.Slots)
 
-    def need(self, how: Rollout) -> int:
+    def need(self, how: DecodeWeights) -> int:
         """Bytes in use at once. A static cache, and what graphs over it compute, stays through the
         update; freeing the copy frees it, too."""
         resident = self.weights + self.trained + (self.merged if how == "kept" else 0)
@@ -72,7 +72,7 @@ class Plan:
             return resident + rollout + update
         return resident + max(rollout, update)
 
-    def choose(self, wanted: str) -> tuple[Rollout, str]:
+    def choose(self, wanted: str) -> tuple[DecodeWeights, str]:
         """How decoding holds its weights, and why. wanted: auto, merged, adapter."""
         limit = USABLE * self.device
         if self.merged == 0:
@@ -88,7 +88,7 @@ class Plan:
             f"of {_gb(limit)} while sampling (--rollout_rows)"
         )
 
-    def table(self, how: Rollout) -> str:
+    def table(self, how: DecodeWeights) -> str:
         """One line a part, in GB."""
         state = ("without", "with") if self.checkpointing else ("with", "without")
         gone = {"kept": "", "freed": ", freed before the update", "adapter": " (not used)"}
@@ -173,7 +173,7 @@ def plan(
         tokens=tokens,
         rows=rollout_rows,
         checkpointing=checkpointing,
-        static=next(model.parameters()).device.type in STATIC_DEVICES,
+        static=decode_setup(model).static,
     )
 
 
@@ -226,7 +226,7 @@ def settle(
     rollout_rows: int,
     checkpointing: bool,
     eval_new_tokens: int = 0,
-) -> tuple[Rollout, int]:
+) -> tuple[DecodeWeights, int]:
     """Print the plan, choose the rollout weights, try the worst case.
 
     models: all that are loaded, the trained one first; wanted: auto, merged or adapter;
@@ -267,7 +267,7 @@ def worst_case(
     max_prompt_tokens: int,
     max_new_tokens: int,
     rollout_rows: int,
-    how: Rollout = "adapter",
+    how: DecodeWeights = "adapter",
     decoded: int = 0,
 ) -> int:
     """Settle micro_batch_tokens: try the largest micro-batch, forward and backward beside AdamW's
@@ -282,9 +282,9 @@ def worst_case(
     columns = max(longest, decoded)
     held = []  # what stays through the update
     try:
-        with rollout_weights(model, how):
+        with decode_with(model, how):
             held += [torch.empty_like(p) for p in trainable(model).values() for _ in range(2)]
-            if model.device.type in STATIC_DEVICES:
+            if decode_setup(model).static:
                 shape = (rollout_rows, columns, _cache_elements(model.config))
                 cache = torch.empty(shape, dtype=model.dtype, device=model.device)
                 held += [cache] * (how != "freed")

@@ -28,8 +28,9 @@ from transformers import PreTrainedTokenizerBase
 
 import grading
 from data import Problem
-from engine import LABEL_NOISE, Progress, decode, generate
+from engine import LABEL_NOISE, decode, generate
 from harness.errors import UserError
+from harness.progress import Progress
 from model import end_token_ids
 
 LabelBy = Literal["equivalence", "string"]

@@ -1,13 +1,15 @@
 """engine.py against transformers' generate, and the sampler against the policy's distribution."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoModelForCausalLM
 
 import engine
-from decoding import kvcache, slots
 from decoding.sampling import sample, uniforms
+from decoding.slots import DecodeSetup
 from engine import TRAIN_NOISE, generate
 from lora import adapter_off, add_lora, lora_layers, merged, trainable
 from model import checkpoint_activations, load_model, load_tokenizer, token_stats
@@ -40,18 +42,23 @@ class Traced:
         return None
 
 
-@pytest.fixture(params=["growing", "static", "graph"])
-def mode(request, monkeypatch):
-    """generate as on the CPU; with static slots, as on the GPU; and these with captured steps."""
-    if request.param != "growing":
-        monkeypatch.setattr(engine, "STATIC_DEVICES", ("cpu",))
-        monkeypatch.setattr(kvcache, "BUCKET", 16)
-    if request.param == "graph":
-        monkeypatch.setattr(kvcache, "BUCKET", 64)
-        monkeypatch.setattr(slots, "GRAPH_DEVICES", ("cpu",))
-        monkeypatch.setattr(slots, "capture", Traced)
-        Traced.captured = Traced.replayed = 0
+SETUPS = {
+    "growing": DecodeSetup(static=False),  # as on the CPU
+    "static": DecodeSetup(static=True, bucket=16),  # as on a GPU
+    "graph": DecodeSetup(static=True, bucket=64, capture=Traced),  # and with captured steps
+}
+
+
+@pytest.fixture(params=SETUPS)
+def mode(request):
+    """The name of a way to decode; `set_up(model, mode)` makes a model decode that way."""
+    Traced.captured = Traced.replayed = 0
     return request.param
+
+
+def set_up(model, mode):
+    model.decode_setup = replace(SETUPS[mode])
+    return model
 
 
 def reference_greedy(model, prompt, n, end):
@@ -69,7 +76,7 @@ def responses(g):
 @pytest.mark.parametrize("family", ["qwen2", "llama", "olmo2"])
 def test_greedy_equals_generate(model_folders, family, mode):
     """Token for token in fp32, prompts of different lengths, end tokens that really end some."""
-    model = load_model(model_folders[family])
+    model = set_up(load_model(model_folders[family]), mode)
     plain = AutoModelForCausalLM.from_pretrained(model_folders[family])
     free = [reference_greedy(plain, p, 150, None) for p in PROMPTS]
     end = [free[0][3], free[1][40]]  # so rows end early, at different steps, and at two tokens
@@ -87,7 +94,7 @@ def test_greedy_equals_generate_through_few_slots(model_folders, n, mode):
     if mode == "graph" and n != 3:
         pytest.skip("a capture costs a second here: one number of slots will do")
     prompts = [*PROMPTS[1:], [40, 41], PROMPTS[0], [50] * 30, [60, 61, 62]]
-    model = load_model(model_folders["llama"])
+    model = set_up(load_model(model_folders["llama"]), mode)
     plain = AutoModelForCausalLM.from_pretrained(model_folders["llama"])
     budgets = [150, 3, 40, 90, 1, 150, 20]
     expected = [reference_greedy(plain, p, n, None) for p, n in zip(prompts, budgets, strict=True)]
@@ -100,7 +107,7 @@ def test_greedy_equals_generate_through_few_slots(model_folders, n, mode):
 def test_greedy_in_bf16_or_merged_is_right_up_to_rounding(model_folders, dtype, mode):
     """Wherever the two best logits of transformers' own forward, by base and adapter, are further
     apart than the error measured on the tokens that were taken, the better one is taken."""
-    model = load_model(model_folders["llama"], dtype=dtype)
+    model = set_up(load_model(model_folders["llama"], dtype=dtype), mode)
     add_lora(model, 4, 8)
     for i, layer in enumerate(lora_layers(model).values()):
         torch.nn.init.normal_(layer.lora_B, std=0.1, generator=torch.Generator().manual_seed(i))
@@ -179,7 +186,7 @@ def test_waiting_rows_take_the_slots_of_ended_ones(model_folders):
 def test_progress_counts_every_token_and_row(model_folders, mode):
     seen = []
     g = generate(
-        load_model(model_folders["qwen2"]), PROMPTS, 8, 20, [3, 7], NOISE, max_rows=6,
+        set_up(load_model(model_folders["qwen2"]), mode), PROMPTS, 8, 20, [3, 7], NOISE, max_rows=6,
         progress=lambda *counts: seen.append(counts),
     )  # fmt: skip
     assert [sum(column) for column in zip(*seen, strict=True)] == [int(g.length.sum()), 32]
@@ -200,18 +207,17 @@ def test_samples_do_not_depend_on_batch_group_slots_or_budget(model_folders):
     assert len({tuple(r) for r in whole[:8]}) == 8
 
 
-def test_samples_do_not_depend_on_the_cache_or_its_buckets(model_folders, monkeypatch):
+def test_samples_do_not_depend_on_the_cache_or_its_buckets(model_folders):
     """Static slots and captured steps give the samples of the growing cache."""
     model = load_model(model_folders["qwen2"])
     call = (PROMPTS, 8, 60, [3, 7, 11], NOISE, 0.9, 0.99, 50)
     want = responses(generate(model, *call, max_rows=6))
-    monkeypatch.setattr(engine, "STATIC_DEVICES", ("cpu",))
     for bucket, n in ((1, 6), (16, 5), (16, 32), (64, 1)):
-        monkeypatch.setattr(kvcache, "BUCKET", bucket)
+        model.decode_setup = DecodeSetup(static=True, bucket=bucket)
         assert responses(generate(model, *call, max_rows=n)) == want
 
 
-def test_a_captured_step_stays_valid_as_weights_change(model_folders, monkeypatch):
+def test_a_captured_step_stays_valid_as_weights_change(model_folders):
     """An update later, the graphs of the first rollout give what eager decoding gives: nothing that
     they hold was replaced. Where it was (the copy freed, the adapter off), they are not used."""
     model = load_model(model_folders["llama"])
@@ -229,13 +235,12 @@ def test_a_captured_step_stays_valid_as_weights_change(model_folders, monkeypatc
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
 
     def eager():
-        with monkeypatch.context() as patch:
-            patch.setattr(engine, "STATIC_DEVICES", ())
-            return rollout()
+        captured, model.decode_setup = model.decode_setup, DecodeSetup(static=False)
+        out = rollout()
+        model.decode_setup = captured
+        return out
 
-    monkeypatch.setattr(engine, "STATIC_DEVICES", ("cpu",))
-    monkeypatch.setattr(slots, "GRAPH_DEVICES", ("cpu",))
-    monkeypatch.setattr(slots, "capture", Traced)
+    model.decode_setup = DecodeSetup(static=True, capture=Traced)
     Traced.captured = Traced.replayed = 0
     seen = []
     for seed in range(3):
@@ -251,7 +256,7 @@ def test_a_captured_step_stays_valid_as_weights_change(model_folders, monkeypatc
     assert base == responses(generate(load_model(model_folders["llama"]), *call))
 
 
-def test_decoding_goes_on_where_a_capture_fails(model_folders, monkeypatch):
+def test_decoding_goes_on_where_a_capture_fails(model_folders):
     """With the same samples, one warning, and no second try."""
     tried = []
 
@@ -261,9 +266,7 @@ def test_decoding_goes_on_where_a_capture_fails(model_folders, monkeypatch):
 
     model = load_model(model_folders["qwen2"])
     want = responses(generate(model, PROMPTS, 4, 30, [3, 7], NOISE))
-    monkeypatch.setattr(engine, "STATIC_DEVICES", ("cpu",))
-    monkeypatch.setattr(slots, "GRAPH_DEVICES", ("cpu",))
-    monkeypatch.setattr(slots, "capture", fail)
+    model.decode_setup = DecodeSetup(static=True, capture=fail)
     with pytest.warns(UserWarning, match="goes on without CUDA graphs: operation not permitted$"):
         assert responses(generate(model, PROMPTS, 4, 30, [3, 7], NOISE)) == want
     assert responses(generate(model, PROMPTS, 2, 30, [3, 7], NOISE)) == [
@@ -272,17 +275,16 @@ def test_decoding_goes_on_where_a_capture_fails(model_folders, monkeypatch):
     assert tried == [1]
 
 
-def test_slots_are_kept_until_a_longer_prompt_comes(model_folders, monkeypatch):
-    monkeypatch.setattr(engine, "STATIC_DEVICES", ("cpu",))
-    model = load_model(model_folders["llama"])
+def test_slots_are_kept_until_a_longer_prompt_comes(model_folders):
+    model = set_up(load_model(model_folders["llama"]), "static")
     for prompts, same in (([[5] * 7], None), ([[6] * 3], True), ([[7] * 8], False)):
-        before = getattr(model, "static_slots", None)
+        before = model.decode_setup.kept
         g = generate(model, prompts, 2, 20, [-1], NOISE, temperature=0)
         assert responses(g)[0] == reference_greedy(model, prompts[0], 20, None)
         if before:
-            assert (model.static_slots[1] is before[1]) == same
+            assert (model.decode_setup.kept[1] is before[1]) == same
     engine.drop_slots(model)
-    assert model.static_slots is None
+    assert model.decode_setup.kept is None
 
 
 def test_sampler_logp_is_the_scored_one(model_folders):

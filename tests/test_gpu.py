@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-import engine
+from decoding.slots import DecodeSetup
 from engine import TRAIN_NOISE, generate
 from lora import add_lora, merged, trainable
 from model import load_model, token_stats
@@ -33,7 +33,7 @@ def test_greedy_equals_generate_on_the_gpu(model_folders):
 
 
 @pytest.mark.filterwarnings("error:decoding goes on without")
-def test_a_captured_step_stays_valid_as_weights_change(model_folders, monkeypatch):
+def test_a_captured_step_stays_valid_as_weights_change(model_folders):
     """Graphs of the first rollout, replayed after each update, sample what eager steps sample."""
     model = load_model(model_folders["llama"], device="cuda")
     add_lora(model, 4, 8)
@@ -47,14 +47,13 @@ def test_a_captured_step_stays_valid_as_weights_change(model_folders, monkeypatc
             parameter.data.add_(noise.cuda(), alpha=0.1)
         with merged(model):
             ours = generate(model, *call, max_rows=7)
-            kept = model.static_slots[1].graphs
+            kept = model.decode_setup.kept[1].graphs
             assert kept and graphs <= {id(graph) for graph in kept.values()}
             graphs = {id(graph) for graph in kept.values()}
-        with monkeypatch.context() as patch, merged(model):
-            slots_of_graphs = model.static_slots
-            patch.setattr(engine, "STATIC_DEVICES", ())
+        with merged(model):
+            captured, model.decode_setup = model.decode_setup, DecodeSetup(static=False)
             eager = generate(model, *call, max_rows=7)
-            model.static_slots = slots_of_graphs
+            model.decode_setup = captured
         assert torch.equal(ours.tokens, eager.tokens)
         assert torch.allclose(ours.sampler_logp, eager.sampler_logp, atol=1e-3)
 

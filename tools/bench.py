@@ -28,12 +28,11 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from decoding import slots
-from eval import choose_device
+from decoding.slots import DecodeSetup
 from harness import memory
 from harness.configurator import configure
 from harness.errors import UserError, run
-from model import load_model
+from model import choose_device, load_model
 from tools.machine import Cost, PeakMemory, ceilings, device_name, exponent, seconds
 from tools.workload import SHAPES, Step, even, weights
 
@@ -52,7 +51,7 @@ class BenchConfig:
     lora_r: int = 8  # rank of the adapter; 0 trains all weights
     gradient_checkpointing: bool = False  # recompute activations in backward
     reference: bool = True  # score under the base policy, too; False: a step that base_every spares
-    rollout_weights: memory.Rollout = "kept"  # sample by merged weights, kept or freed, or not
+    rollout_weights: memory.DecodeWeights = "kept"  # merged weights, kept or freed, or adapter
     cuda_graph: bool = True  # capture decoding steps, on CUDA; False shows what that brings
     # Work
     prompts: int = 8  # prompts a step
@@ -116,9 +115,10 @@ def bench(cfg: BenchConfig) -> dict:
     if not cfg.cuda_graph:
         if device.type != "cuda":
             raise UserError("cuda_graph=False: only CUDA has graphs to leave out")
-        slots.GRAPH_DEVICES = ()
     with weights(cfg, device, dtype) as name:
         step = Step(cfg, device, dtype, name)
+        if not cfg.cuda_graph:
+            step.model.decode_setup = DecodeSetup(static=True)
         trl_model = load_model(name, cfg.quant, dtype, device) if cfg.peer == "trl" else None
     if cfg.threads:
         torch.set_num_threads(cfg.threads)

@@ -20,10 +20,9 @@ import rewards
 import train
 from data import Problem, Rollouts, load_problems, partition, prepare
 from engine import TRAIN_NOISE, Generation, decode, generate
-from eval import check_positions
-from harness.memory import rollout_weights
+from harness.memory import decode_with
 from lora import add_lora, reference, trainable
-from model import checkpoint_activations, load_model, load_tokenizer
+from model import check_positions, checkpoint_activations, load_model, load_tokenizer
 from settings import Config
 from tasks import tiny
 
@@ -162,7 +161,7 @@ class Step:
         ragged = {} if min(budgets) == most else {"budgets": budgets}
         noise = (TRAIN_NOISE, self.cfg.seed, self.number)
         no_end = [-1]  # cannot be sampled
-        with rollout_weights(self.model, self.cfg.rollout_weights):  # writing them is in the time
+        with decode_with(self.model, self.cfg.rollout_weights):  # writing them is in the time
             return generate(self.model, prompts, group, most, no_end, noise,
                             max_rows=self.cfg.rollout_rows, **ragged)  # fmt: skip
 
@@ -173,7 +172,7 @@ class Step:
 
     def sample(self) -> None:
         if self.items is not None:
-            with rollout_weights(self.model, self.cfg.rollout_weights):
+            with decode_with(self.model, self.cfg.rollout_weights):
                 self.rollouts = train.sample_rollouts(
                     self.model, self.tokenizer, self.items, self.settings, self.number
                 )
