@@ -79,7 +79,7 @@ def configure(
         scale, sources.reason = default_scale(dict(sources.given))
     if isinstance(scale, dict):
         where = "default scale"
-        below = {key: _check(key, scale[key], kinds, where, _typed) for key in scale}
+        below = {key: _check(key, scale[key], kinds, where, as_type) for key in scale}
     else:
         where, sources.scale = scale, Path(scale).stem
         below = _read_file(scale, kinds) if scale else {}
@@ -165,7 +165,7 @@ def _read_file(name: str, kinds: dict[str, Any], readers: tuple[Path, ...] = ())
         if key in values:
             raise UserError(f"{where}: {key} is set twice in this file: keep one")
         keys = kinds | {"base": str}
-        values[key] = _check(key, node.value, keys, where, lambda n, k: _typed(_literal(n), k))
+        values[key] = _check(key, node.value, keys, where, lambda n, k: as_type(_literal(n), k))
         if key == "base" and not (path.parent / values[key]).is_file():
             raise UserError(f"{where}: base {values[key]!r} is not a file beside this one")
     if "base" not in values:
@@ -222,13 +222,13 @@ def _check(key: str, value: Any, kinds: dict[str, Any], where: str, read: Callab
         raise UserError(f"{where}: {key} {error}") from None
 
 
-def _typed(value: Any, kind: Any) -> Any:
+def as_type(value: Any, kind: Any) -> Any:
     """`value` as the annotated type; ValueError where it is not one of its values."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     names = {int: "a whole number", float: "a number", bool: "True or False", str: "text in quotes"}
     wants = f"wants {names.get(kind) or _kind_name(kind)}, got {value!r}"
     if type(None) in args:  # X | None
-        return None if value is None else _typed(value, args[args[0] is type(None)])
+        return None if value is None else as_type(value, args[args[0] is type(None)])
     if origin is Literal:
         for choice in args:
             if value == choice and type(value) is type(choice):
@@ -239,7 +239,7 @@ def _typed(value: Any, kind: Any) -> Any:
     elif origin is tuple and isinstance(value, tuple | list):
         item_kinds = args[:1] * len(value) if args[1:] == (...,) else args
         if len(item_kinds) == len(value):
-            return tuple(map(_typed, value, item_kinds))
+            return tuple(map(as_type, value, item_kinds))
         wants = f"wants {len(item_kinds)} values ({_kind_name(kind)}), got {len(value)}"
     elif kind in (int, float) and type(value) in (int, float):
         if abs(value) > sys.float_info.max or math.isnan(value):
@@ -255,13 +255,13 @@ def _from_text(text: str, kind: Any) -> Any:
     """A command-line value as the annotated type: read as a literal if that fits, else as text."""
     if typing.get_origin(kind) is tuple:
         items = [item for item in text.strip("()[] ").split(",") if item.strip()]
-        return _typed(tuple(_guess(item)[0] for item in items), kind)
+        return as_type(tuple(_guess(item)[0] for item in items), kind)
     value, text = _guess(text)
     try:
-        return _typed(value, kind)
+        return as_type(value, kind)
     except ValueError as error:
         try:  # "none" and "1e5" may also be meant as words
-            return _typed(text, kind)
+            return as_type(text, kind)
         except ValueError:
             raise error from None
 

@@ -11,15 +11,15 @@ import ast
 import difflib
 import inspect
 import math
-import types
-import typing
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
+from harness.configurator import as_type
 from harness.errors import UserError
 
 # What to do about a field that the rollouts at hand do not have.
@@ -44,21 +44,19 @@ class Entry:
     bounds: dict[str, tuple[float, float]]
 
     @property
+    def signature(self) -> inspect.Signature:
+        """Of the function; the rollouts are its first parameter."""
+        return inspect.signature(self.function, eval_str=True)
+
+    @property
     def parameters(self) -> list[inspect.Parameter]:
-        return list(inspect.signature(self.function, eval_str=True).parameters.values())[1:]
+        """All parameters but the rollouts."""
+        return list(self.signature.parameters.values())[1:]
 
     @property
     def call(self) -> str:
         """How it is written, with its parameters: `random(p=0.5)`."""
-        shown = []
-        for parameter in self.parameters:
-            choices = typing.get_args(parameter.annotation)
-            if typing.get_origin(parameter.annotation) is Literal:
-                ordered = [parameter.default, *(c for c in choices if c != parameter.default)]
-                shown.append("|".join(ordered))
-            else:
-                default = parameter.default
-                shown.append(parameter.name + f"={default}" * (default is not parameter.empty))
+        shown = [str(p.replace(annotation=p.empty)) for p in self.parameters]
         return f"{self.function.__name__}({', '.join(shown)})" if shown else self.function.__name__
 
 
@@ -102,9 +100,8 @@ def parse(expression: str, registry: dict[str, Entry]) -> Reward:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python's own, on such things as 0.5format
             body = ast.parse(expression.strip(), mode="eval").body
-        found: dict[str, None] = {}
-        needs: dict[str, None] = {}
-        compute = _Builder(registry, found, needs).build(body)
+        leaves: list[Leaf] = []
+        compute = _build(body, registry, leaves)
     except (RecursionError, MemoryError):
         raise UserError(f"reward {short!r}: nested too deep") from None
     except SyntaxError:
@@ -112,123 +109,115 @@ def parse(expression: str, registry: dict[str, Entry]) -> Reward:
         raise UserError(f"reward {short!r}: cannot be read: write {wanted}") from None
     except ValueError as error:
         raise UserError(f"reward {short!r}: {error}") from None
-    return Reward(expression.strip(), tuple(found), tuple(needs), compute)
+    names = dict.fromkeys(leaf.name for leaf in leaves)
+    needs = dict.fromkeys(need for leaf in leaves for need in leaf.needs)
+    return Reward(expression.strip(), tuple(names), tuple(needs), compute)
 
 
-@dataclass
-class _Builder:
-    """Turns nodes into functions of rollouts; notes the rewards met and the fields they need."""
+@dataclass(frozen=True)
+class Leaf:
+    """One reward of an expression with its arguments: call it on rollouts."""
 
-    registry: dict[str, Entry]
-    found: dict[str, None]  # used as ordered sets
-    needs: dict[str, None]
+    name: str
+    entry: Entry
+    arguments: dict[str, Any]
 
-    def build(self, node: ast.expr) -> Callable[[Any], Tensor]:
-        match node:
-            case ast.Name():
-                return self._leaf(node.id, [], [])
-            case ast.Call(func=ast.Name()):
-                return self._leaf(node.func.id, node.args, node.keywords)
-            case ast.BinOp(op=ast.Mult()):
-                for number, other in ((node.left, node.right), (node.right, node.left)):
-                    if (factor := _number(number)) is not None:
-                        part = self.build(other)
-                        return lambda r: factor * part(r)
-                raise ValueError("`*` wants a number on one side; `&` is for two rewards")
-            case ast.BinOp(op=ast.Add() | ast.Sub() | ast.BitAnd()):
-                left, right = self.build(node.left), self.build(node.right)
-                if isinstance(node.op, ast.BitAnd):
-                    return lambda r: _binary(left(r), "&") * _binary(right(r), "&")
-                sign = 1 if isinstance(node.op, ast.Add) else -1
-                return lambda r: left(r) + sign * right(r)
-            case ast.UnaryOp(op=ast.Invert() | ast.USub() | ast.UAdd()):
-                part = self.build(node.operand)
-                if isinstance(node.op, ast.Invert):
-                    return lambda r: 1 - _binary(part(r), "~")
-                sign = -1 if isinstance(node.op, ast.USub) else 1
-                return lambda r: sign * part(r)
-        if _number(node) is not None:
-            raise ValueError("a number alone is no reward: multiply a reward by it")
-        raise ValueError(
-            f"{ast.unparse(node)[:40]!r} has no meaning here: "
-            "use names, calls, `a & b`, `~a`, `+`, `-`, `*` by a number and parentheses"
-        )
+    @property
+    def needs(self) -> tuple[str, ...]:
+        needs = self.entry.needs
+        return needs(**self.arguments) if callable(needs) else needs
 
-    def _leaf(
-        self, name: str, args: list[ast.expr], keywords: list[ast.keyword]
-    ) -> Callable[[Any], Tensor]:
-        if name not in self.registry:
-            near = difflib.get_close_matches(name, self.registry, n=1, cutoff=0.5)
-            there = f"there are {', '.join(sorted(self.registry))}"
-            hint = f"did you mean {near[0]}?" if near else there
-            raise ValueError(f"no reward {name!r}: {hint}")
-        entry = self.registry[name]
-        known = [parameter.name for parameter in entry.parameters]
-        takes = f"write {entry.call}" if known else "it takes none"
-        if len(args) > len(known):
-            raise ValueError(f"{name} got {len(args)} arguments: {takes}")
-        given = list(zip(known, args, strict=False)) + [(k.arg, k.value) for k in keywords]
-        values: dict[str, Any] = {}
-        for key, node in given:
-            if key not in known:
-                raise ValueError(f"{name} has no argument {key!r}: {takes}")
-            if key in values:
-                raise ValueError(f"{name} got {key} twice")
-            values[key] = _argument(name, entry, key, node)
-        required = [p.name for p in entry.parameters if p.default is p.empty]
-        if absent := [key for key in required if key not in values]:
-            raise ValueError(f"{name} wants {', '.join(absent)}: {takes}")
-        self.found[name] = None
-        needs = entry.needs(**values) if callable(entry.needs) else entry.needs
-        self.needs |= dict.fromkeys(needs)
-
-        def compute(rollouts: Any) -> Tensor:
-            out = entry.function(rollouts, **values).float().cpu()
-            if out.shape != (len(rollouts.text),) or not out.isfinite().all():
-                raise ValueError(f"reward {name} gave {out}: it owes one finite number a row")
-            return out
-
-        return compute
+    def __call__(self, rollouts: Any) -> Tensor:
+        out = self.entry.function(rollouts, **self.arguments).float().cpu()
+        if out.shape != (len(rollouts.text),) or not out.isfinite().all():
+            raise ValueError(f"reward {self.name} gave {out}: it owes one finite number a row")
+        return out
 
 
-def _argument(name: str, entry: Entry, key: str, node: ast.expr) -> Any:
-    """The value of an argument, as its parameter's annotation wants it."""
-    kind = next(p.annotation for p in entry.parameters if p.name == key)
-    number = _number(node)
-    value = node.id if isinstance(node, ast.Name) else number
-    if isinstance(node, ast.Constant) and isinstance(node.value, str | bool | None):
-        value = node.value
-    got = f"got {ast.unparse(node)[:40]}"
-    if typing.get_origin(kind) is Literal:
-        if value not in typing.get_args(kind):
-            raise ValueError(f"{name}: {key} is one of {', '.join(typing.get_args(kind))}, {got}")
-        return value
-    if isinstance(kind, types.UnionType):  # X | None
-        if isinstance(node, ast.Constant) and node.value is None:
-            return None
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
-    if kind is float and number is not None:
-        value = number
-    elif kind is int and number is not None and number == int(number):
-        value = int(number)
-    elif not (kind in (str, bool) and isinstance(value, kind)):
-        raise ValueError(f"{name}: {key} wants {kind.__name__}, {got}")
-    low, high = entry.bounds.get(key, (-math.inf, math.inf))
-    if key in entry.bounds and not low <= value <= high:
-        raise ValueError(f"{name}: {key} must be within [{low}, {high}], got {value}")
-    return value
+def _build(
+    node: ast.expr, registry: dict[str, Entry], leaves: list[Leaf]
+) -> Callable[[Any], Tensor]:
+    """A function of rollouts for a node; the rewards met on the way are added to leaves."""
+    build = partial(_build, registry=registry, leaves=leaves)
+    match node:
+        case ast.Name() | ast.Call(func=ast.Name()):
+            leaves.append(_leaf(node, registry))
+            return leaves[-1]
+        case ast.BinOp(op=ast.Mult()):
+            for number, other in ((node.left, node.right), (node.right, node.left)):
+                if (factor := _number(number)) is not None:
+                    part = build(other)
+                    return lambda r: factor * part(r)
+            raise ValueError("`*` wants a number on one side; `&` is for two rewards")
+        case ast.BinOp(op=ast.Add() | ast.Sub()):
+            left, right = build(node.left), build(node.right)
+            sign = 1 if isinstance(node.op, ast.Add) else -1
+            return lambda r: left(r) + sign * right(r)
+        case ast.BinOp(op=ast.BitAnd()):
+            left, right = build(node.left), build(node.right)
+            return lambda r: _binary(left(r), "&") * _binary(right(r), "&")
+        case ast.UnaryOp(op=ast.Invert()):
+            part = build(node.operand)
+            return lambda r: 1 - _binary(part(r), "~")
+        case ast.UnaryOp(op=ast.USub()) if _number(node) is None:
+            part = build(node.operand)
+            return lambda r: -part(r)
+    if _number(node) is not None:
+        raise ValueError("a number alone is no reward: multiply a reward by it")
+    raise ValueError(
+        f"{ast.unparse(node)[:40]!r} has no meaning here: "
+        "use names, calls, `a & b`, `~a`, `+`, `-`, `*` by a number and parentheses"
+    )
+
+
+def _leaf(node: ast.Name | ast.Call, registry: dict[str, Entry]) -> Leaf:
+    """A reward by its name, or called with arguments."""
+    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+    name = call.func.id
+    if name not in registry:
+        near = difflib.get_close_matches(name, registry, n=1, cutoff=0.5)
+        there = f"there are {', '.join(sorted(registry))}"
+        hint = f"did you mean {near[0]}?" if near else there
+        raise ValueError(f"no reward {name!r}: {hint}")
+    entry = registry[name]
+    try:
+        given = {keyword.arg or "**": _value(keyword.value) for keyword in call.keywords}
+        bound = entry.signature.bind(None, *map(_value, call.args), **given)  # None: the rollouts
+    except TypeError as error:
+        raise ValueError(f"{name}: {error}: write {entry.call}") from None
+    values = dict(list(bound.arguments.items())[1:])
+    for key, value in values.items():
+        try:
+            values[key] = as_type(value, entry.signature.parameters[key].annotation)
+        except ValueError as error:
+            raise ValueError(f"{name}: {key} {error}") from None
+        low, high = entry.bounds.get(key, (-math.inf, math.inf))
+        if key in entry.bounds and not low <= value <= high:
+            raise ValueError(f"{name}: {key} must be within [{low}, {high}], got {value}")
+    return Leaf(name, entry, values)
+
+
+def _value(node: ast.expr) -> Any:
+    """An argument: a literal, or a bare word that stands for text."""
+    if isinstance(node, ast.Name):
+        return node.id
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise ValueError(f"{ast.unparse(node)[:40]} is not a number or a word") from None
 
 
 def _number(node: ast.expr) -> float | None:
-    """A finite literal number, with any signs; None for anything else."""
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
-        inner = _number(node.operand)
-        return None if inner is None else -inner if isinstance(node.op, ast.USub) else inner
-    if not isinstance(node, ast.Constant) or type(node.value) not in (int, float):
+    """The value of a literal number; None for anything else."""
+    try:
+        value = ast.literal_eval(node)
+    except ValueError:
         return None
-    if not abs(node.value) <= 1e30:
+    if type(value) not in (int, float):
+        return None
+    if not abs(value) <= 1e30:
         raise ValueError("a number in it is too large")
-    return node.value
+    return value
 
 
 def _binary(values: Tensor, operator: str) -> Tensor:

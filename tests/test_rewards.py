@@ -304,21 +304,21 @@ def test_parsed_reward_knows_its_names_and_needs():
     [
         ("fromat & python", "no reward 'fromat': did you mean format"),
         ("random(1.5)", "within"),
-        ("random(p=nan)", "p wants float"),
+        ("random(p=nan)", "p wants"),
         ("random(-0.1)", "within"),
-        ("random(q=1)", "no argument 'q'"),
-        ("random(0.5, p=0.5)", "twice"),
-        ("random(0.5, 1)", "2 arguments"),
-        ("random('x')", "p wants float"),
-        ("random(True)", "p wants float"),
-        ("random(**p)", "no argument"),
-        ("random(*p)", "p wants float"),
-        ("format(1)", "takes none"),
-        ("majority(on)", "label is one of offline, online, got on"),
-        ("neg_entropy(mean, no_answer=x)", "no_answer wants float"),
-        ("neg_entropy(median)", "over is one of mean, sum"),
-        ("cross_model(3)", "path wants str"),
-        ("constant(1e31)", "too large"),
+        ("random(q=1)", "random: .*'q'"),
+        ("random(0.5, p=0.5)", "random: .*'p'"),
+        ("random(0.5, 1)", "random: .*random\\(p=0.5\\)"),
+        ("random('x')", "p wants"),
+        ("random(True)", "p wants"),
+        ("random(**p)", "random: "),
+        ("random(*p)", "\\*p"),
+        ("format(1)", "format: "),
+        ("majority(on)", "label must be one of offline, online"),
+        ("neg_entropy(mean, no_answer=x)", "no_answer wants"),
+        ("neg_entropy(median)", "over must be one of mean, sum"),
+        ("cross_model(3)", "path wants"),
+        ("constant(1e999)", "c wants"),
         ("format and python", "no meaning"),
         ("format * python", "`\\*` wants a number"),
         ("1 - format", "number alone"),
@@ -372,9 +372,9 @@ def test_a_new_reward_is_one_function(registry):
     assert score("holds(python)", scored) == [0, 0, 1, 0]  # a bare name stands for text
     assert score("holds('so', n=3, twice=True)", scored) == [0, 0, 0, 6]
     assert rewards.parse("format & holds(so)").needs == ("self_certainty",)
-    with pytest.raises(UserError, match="n wants int"):
+    with pytest.raises(UserError, match="n wants"):
         rewards.parse("holds(so, 1.5)")
-    with pytest.raises(UserError, match="holds wants word: write holds\\(word, n=1, twice=False"):
+    with pytest.raises(UserError, match="holds: .*'word'"):
         rewards.parse("holds()")
     assert "holds" not in [str(one) for one in rewards.watched()]  # it cannot do without a word
     with pytest.raises(ValueError, match="two rewards"):
