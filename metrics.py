@@ -89,7 +89,9 @@ def summarize_reward(value: torch.Tensor, correct: torch.Tensor, group_size: int
     }
 
 
-def sample_log(r: Rollouts, reward: torch.Tensor, advantage: torch.Tensor, n: int) -> list[dict]:
+def sample_log(
+    r: Rollouts, reward: torch.Tensor, advantage: torch.Tensor, n: int = 4
+) -> list[dict]:
     """n responses of the step, evenly spread over its rows."""
     rows = np.linspace(0, len(r.text) - 1, min(n, len(r.text))).round().astype(int).tolist()
     return [

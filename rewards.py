@@ -241,12 +241,12 @@ def logp(rollouts, over: Literal["sum", "mean"] = "sum") -> Tensor:
 
 
 @reward(
-    formula="mean over response tokens of log q(y_t), q a frozen second model named by path (any "
-    "tokenizer; verifier stands for the run's --verifier)",
+    formula="mean over response tokens of log q(y_t), q a frozen second model named by path, with "
+    "any tokenizer (by default the one of harness/second_model.py)",
     source="CME 2605.29009",
-    needs=lambda path="verifier": (f"cross_logp:{path}",),
+    needs=lambda path="default": (f"cross_logp:{path}",),
 )
-def cross_model(rollouts, path: str = "verifier") -> Tensor:
+def cross_model(rollouts, path: str = "default") -> Tensor:
     return rollouts.cross_logp[path]
 
 

@@ -1,7 +1,7 @@
 """Every knob of a training run, which scale a machine gets, and settings that cannot work."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +12,6 @@ from grpo import AdvNorm, Clip, KLType, Loss, LossAgg
 from harness.checkpoint import read_config
 from harness.errors import UserError
 from lora import RolloutWeights
-from tasks import tiny
 
 
 @dataclass
@@ -34,7 +33,6 @@ class Config:
     max_new_tokens: int = 3072  # response budget, tokens
     # Reward
     reward: str = "ground_truth"  # expression, e.g. random(0.5), format & ~python; see rewards.py
-    verifier: str = "Qwen/Qwen2.5-1.5B"  # the second model, which only cross_model asks
     truncated: Literal["keep", "mask", "zero"] = "keep"  # cut-off: as any, out of loss, reward 0
     # Step
     steps: int = 300  # steps of the run
@@ -54,14 +52,13 @@ class Config:
     clip_high: float = 0.2  # ratios above 1 + clip_high are clipped
     loss_agg: LossAgg = "token_mean"  # DAPO; seq_mean: GRPO; constant: by max_new_tokens, Dr. GRPO
     kl_coef: float = 0.0  # weight of the KL to the base model in the loss
-    kl_type: KLType = "k3"  # its estimator: k1, k2, k3 (grpo.kl says what each one's gradient is)
+    kl_type: KLType = "k3"  # its estimator; they differ in gradient: grpo.kl
     # Optimiser
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: plain, no momentum; wants a far higher lr
     lr: float = 1e-5  # LoRA wants more than full training's 5e-7: aim at a clip fraction near 1e-3
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # to 0 at the last update
     warmup: float = 0.0  # share of all updates over which lr rises linearly
-    adam_betas: tuple[float, float] = (0.9, 0.95)  # decay of the moments
-    weight_decay: float = 0.0  # decoupled
+    adam_betas: tuple[float, float] = (0.9, 0.95)  # momentum carries updates past the clip
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     # Memory and machine
     micro_batch_tokens: int = 8192  # padded prompt + response tokens a forward and backward
@@ -76,7 +73,6 @@ class Config:
     eval_k: int = 1  # samples a problem (avg@k)
     eval_temperature: float = 0.0  # 0 = greedy
     eval_new_tokens: int = 0  # response budget of evals; 0 = max_new_tokens
-    log_samples: int = 4  # responses a step in samples.jsonl
     base_every: int = 1  # steps between scorings by the base model where only the log asks for it
     save_every: int = 25  # steps between checkpoints; the last step has one; 0 = only that
     seed: int = 0  # of data order, sampling, partition, adapter and random rewards
@@ -87,7 +83,10 @@ class Config:
 def choose_scale(given: dict) -> tuple[str | dict, str]:
     """The scale when none is named: the resumed run's own, else what fits this machine."""
     if given.get("resume") and given.get("out_dir"):
-        return read_config(given["out_dir"]), f"the configuration of {given['out_dir']}"
+        saved = read_config(given["out_dir"])
+        known = {f.name for f in fields(Config)}  # a setting that is gone says nothing any more
+        values = {key: value for key, value in saved.items() if key in known}
+        return values, f"the configuration of {given['out_dir']}"
     how = "choose by naming one, e.g. config/model/tiny.py"
     big, small = "config/model/qwen2.5_math_1.5b.py", "config/model/tiny.py"
     if not torch.cuda.is_available():
@@ -121,9 +120,9 @@ def check(cfg: Config) -> list[str]:
     for key in whole:
         if getattr(cfg, key) < 1:
             raise UserError(f"{key}={getattr(cfg, key)}: must be at least 1")
-    no_less = ("lora_r", "lr", "kl_coef", "clip_low", "clip_high", "weight_decay", "warmup", "seed",
+    no_less = ("lora_r", "lr", "kl_coef", "clip_low", "clip_high", "warmup", "seed",
                "eval_every", "eval_n", "eval_temperature", "eval_new_tokens", "save_every",
-               "log_samples", "threads")  # fmt: skip
+               "threads")  # fmt: skip
     for key in no_less:
         if getattr(cfg, key) < 0:
             raise UserError(f"{key}={getattr(cfg, key)}: must not be negative")
@@ -154,9 +153,6 @@ def check(cfg: Config) -> list[str]:
     reward = rewards.parse(cfg.reward)
     if set(reward.names) == {"constant"} and cfg.adv_norm != "raw":
         warnings.append(f"reward={cfg.reward}: the same for all, no weight moves (a null test)")
-    if cfg.verifier != Config.verifier and "cross_model" not in reward.names:
-        if not tiny.is_tiny(cfg.verifier):  # which the tiny scale files set
-            warnings.append(f"verifier={cfg.verifier} cannot act: the reward has no cross_model")
     if cfg.lora_r == 0 and cfg.rollout_weights != "auto":
         warnings.append(
             f"rollout_weights={cfg.rollout_weights} cannot act: lora_r=0 leaves nothing to merge"

@@ -53,7 +53,7 @@ from harness.configurator import configure, format_config
 from harness.errors import UserError, run
 from harness.memory import LastStep, decode_with, peak_memory, phase, settle
 from harness.progress import Progress
-from harness.second_model import SecondModel
+from harness.second_model import SecondModel, default_second_model
 from lora import add_lora, reference, trainable
 from metrics import describe, describe_clip, sample_log, summary_table
 from model import (
@@ -276,7 +276,7 @@ def train(cfg: Config) -> list[dict]:
         checkpoint_activations(model)
     verifiers = {
         key: SecondModel(
-            tiny.resolve(cfg.verifier if key == "verifier" else key),
+            tiny.resolve(default_second_model(cfg.model) if key == "default" else key),
             tokenizer, cfg.prompt, cfg.quant, dtype, device,
         )
         for need, _, key in (need.partition(":") for need in reward_fn.needs)
@@ -285,11 +285,9 @@ def train(cfg: Config) -> list[dict]:
     watched = rewards.watched()
     weights = list(trainable(model).values())
     if cfg.optimizer == "sgd":
-        optimizer = torch.optim.SGD(weights, cfg.lr, weight_decay=cfg.weight_decay)
+        optimizer = torch.optim.SGD(weights, cfg.lr)
     else:
-        optimizer = torch.optim.AdamW(
-            weights, cfg.lr, cfg.adam_betas, weight_decay=cfg.weight_decay
-        )
+        optimizer = torch.optim.AdamW(weights, cfg.lr, cfg.adam_betas, weight_decay=0.0)
     per_update = math.ceil(cfg.prompts_per_step * cfg.group_size / cfg.updates_per_step)
     models = [model, *([frozen] if frozen else []), *(v.model for v in verifiers.values())]
     how, cfg.micro_batch_tokens = settle(
@@ -358,7 +356,7 @@ def train(cfg: Config) -> list[dict]:
             log(metrics)
             if warning := early_warning(cfg, history[first - step - 1 :]):  # of this process
                 tqdm.write(f"warning: {warning}")
-            folder.log("samples.jsonl", sample_log(rollouts, reward, advantage, cfg.log_samples))
+            folder.log("samples.jsonl", sample_log(rollouts, reward, advantage))
             if last or (cfg.save_every and step % cfg.save_every == 0):
                 save(step)
             last_step.done(step)

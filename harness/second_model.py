@@ -8,6 +8,12 @@ from harness.errors import UserError
 from model import load_model, load_tokenizer, token_stats
 
 
+def default_second_model(model: str) -> str:
+    """The second model where cross_model names none: another family than the trained one."""
+    other = {"tiny": "tiny_bad", "tiny_bad": "tiny"}
+    return other.get(model, "Qwen/Qwen2.5-1.5B")
+
+
 class SecondModel:
     """mean_t log q(y_t) of responses under a model q (CME, arXiv 2605.29009), at temperature 1.
 

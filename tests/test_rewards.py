@@ -157,7 +157,7 @@ SCORED = dict(
     base_self_certainty=torch.tensor([[2.0, 2, 2], [1, 2, 9], [3, 9, 9], [9, 9, 9]]),
     entropy=torch.tensor([[3.0, 0, 0], [1, 0, 9], [2, 9, 9], [9, 9, 9]]),
     old_logp=torch.tensor([[-1.0, -2, 0], [-4, -1, -9], [-3, -9, -9], [-9, -9, -9]]),
-    cross_logp={"verifier": torch.tensor([-1.0, -2, -3, -4]), "a/b": torch.ones(4)},
+    cross_logp={"default": torch.tensor([-1.0, -2, -3, -4]), "a/b": torch.ones(4)},
 )
 
 
@@ -398,15 +398,15 @@ def test_the_readmes_reward_in_a_copy_of_the_project(tmp_path, tiny_random):
     shutil.copy(PROJECT / "config" / "model" / "tiny.py", tmp_path / "config" / "model")
     command = [sys.executable, "train.py", "config/asks.py", "config/model/tiny.py", "--steps=1"]
     command += [f"--{key}={tiny_random}" for key in ("model", "train_data", "eval_data")]
-    command += ["--eval_every=0", "--out_dir=run", "--max_new_tokens=12", "--log_samples=128"]
+    command += ["--eval_every=0", "--out_dir=run", "--max_new_tokens=12"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
     samples = [json.loads(row) for row in rows]
     want = ["?" in s["response"] and "python" not in s["response"].lower() for s in samples]
-    assert [s["reward"] for s in samples] == want and 0 < sum(want) < len(want) == 128
+    assert [s["reward"] for s in samples] == want and len(want) == 4
     metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
-    assert metrics["reward"] == sum(want) / 128 <= metrics["asks/mean"] < 1
+    assert 0 < metrics["reward"] <= metrics["asks/mean"] < 1
 
 
 def test_a_reward_owes_one_finite_number_a_row(registry):

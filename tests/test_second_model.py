@@ -52,20 +52,20 @@ def test_same_vocabulary_reads_the_sampled_tokens(
     tiny_random, policy_tokenizer, micro_batch_tokens
 ):
     r = rollouts(policy_tokenizer)
-    verifier = SecondModel(tiny_random, policy_tokenizer, "none")
-    assert verifier.same
+    second = SecondModel(tiny_random, policy_tokenizer, "none")
+    assert second.same
     rows = [(t.tolist(), p, n) for t, p, n in
             zip(r.tokens, r.prompt_len.tolist(), r.length.tolist(), strict=True)]  # fmt: skip
     want = by_hand(tiny_random, [t[:p] for t, p, _ in rows], [t[p : p + n] for t, p, n in rows])
-    assert verifier.mean_logp(r, micro_batch_tokens).tolist() == pytest.approx(want, abs=1e-5)
+    assert second.mean_logp(r, micro_batch_tokens).tolist() == pytest.approx(want, abs=1e-5)
 
 
 def test_another_vocabulary_reads_the_text(shared, policy_tokenizer):
     """stories260K on the tiny world's responses: its own tokens, prompt and end token."""
     folder = str(shared / "models" / "stories260K")
     r = rollouts(policy_tokenizer)
-    verifier = SecondModel(folder, policy_tokenizer, "none")
-    assert not verifier.same
+    second = SecondModel(folder, policy_tokenizer, "none")
+    assert not second.same
     own = AutoTokenizer.from_pretrained(folder)
     responses = [
         own(text, add_special_tokens=False)["input_ids"] + [own.eos_token_id] * finished
@@ -73,10 +73,10 @@ def test_another_vocabulary_reads_the_text(shared, policy_tokenizer):
     ]
     assert responses[3] == [own.eos_token_id]
     want = by_hand(folder, [own(p.problem)["input_ids"] for p in r.problem], responses)
-    assert verifier.mean_logp(r, 100).tolist() == pytest.approx(want, abs=1e-5)
+    assert second.mean_logp(r, 100).tolist() == pytest.approx(want, abs=1e-5)
 
 
-def test_a_verifier_without_the_prompts_chat_template_is_refused(tiny_random, shared):
+def test_a_second_without_the_prompts_chat_template_is_refused(tiny_random, shared):
     with pytest.raises(UserError, match="no chat template"):
         SecondModel(
             tiny_random, load_tokenizer(str(shared / "tokenizers" / "qwen2.5")), "qwen_math"

@@ -10,7 +10,6 @@ gradient_checkpointing = False
 train_data = "tiny"
 eval_data = "tiny"
 prompt = "none"
-verifier = "tiny_bad"  # the other family
 max_prompt_tokens = 32
 max_new_tokens = 56
 steps = 40

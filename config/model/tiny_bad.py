@@ -4,4 +4,3 @@ base = "tiny.py"
 model = "tiny_bad"
 train_data = "tiny_bad"
 eval_data = "tiny_bad"
-verifier = "tiny"  # the other family

@@ -19,4 +19,3 @@ steps = 40
 eval_every = 40
 base_every = 1000  # only the log would ask the base model
 save_every = 0
-log_samples = 0
