@@ -10,7 +10,7 @@ import torch
 from harness.errors import run
 from tools import clip_bias
 from tools.clip_bias import ClipBiasConfig, arms, start, walk
-from tools.clip_tables import mean_se
+from tools.parts.clip_tables import mean_se
 
 
 def ends(cfg, labels=None, steps=20, contexts=64, step_sizes=(0.8,)):

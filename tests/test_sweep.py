@@ -14,8 +14,9 @@ from test_figures import write_run
 
 from harness import configurator
 from harness.errors import UserError
-from tools import demo, jobs, plot, report, sweep
-from tools.arms import Arm
+from tools import demo, plot, sweep
+from tools.parts import jobs, report
+from tools.parts.arms import Arm
 
 # ---- demo and jobs
 

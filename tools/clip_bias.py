@@ -35,7 +35,7 @@ from tqdm import tqdm
 from grpo import advantages, policy_loss
 from harness.configurator import configure
 from harness.errors import UserError, run
-from tools.clip_tables import mean_se, write
+from tools.parts.clip_tables import mean_se, write
 
 CHUNK = 32_768  # rows of a mini-batch worked on at once: what they need stays in the cache
 MEASURES = ("Top token's probability", "Entropy (nats)", "Clip fraction")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from harness.configurator import PROJECT, configure
 from harness.errors import UserError, run
-from tools.arms import Arm, load_arms
-from tools.jobs import Job, how_many, run_all
+from tools.parts.arms import Arm, load_arms
+from tools.parts.jobs import Job, how_many, run_all
 from tools.plot import MOST_ARMS, cell, draw
 
 EXPERIMENTS = ("ground_truth", "random_reward", "format", "python_reward")

@@ -24,7 +24,7 @@ import numpy as np
 from harness.checkpoint import read_jsonl
 from harness.configurator import configure
 from harness.errors import UserError, run
-from tools.arms import Arm, load_arms
+from tools.parts.arms import Arm, load_arms
 from tools.plot import (
     FEW_SEEDS,
     MARKERS,
@@ -38,7 +38,7 @@ from tools.plot import (
     save,
     warn_of_few,
 )
-from tools.report import t_interval
+from tools.parts.report import t_interval
 
 PUBLISHED = "published, Qwen2.5-Math-7B, not ours"  # arXiv 2506.10947, MATH-500, percent
 START = 49.4

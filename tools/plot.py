@@ -24,7 +24,7 @@ from matplotlib.ticker import MaxNLocator
 
 from harness.configurator import configure
 from harness.errors import UserError, run
-from tools.arms import Arm, load_arms
+from tools.parts.arms import Arm, load_arms
 
 PANELS = ("eval_accuracy", "accuracy", "code_frequency", "reward", "clip_frac", "entropy")
 TITLES = {

@@ -35,9 +35,9 @@ from harness.checkpoint import write_json
 from harness.configurator import configure
 from harness.errors import UserError, run
 from settings import Config, check
-from tools.arms import as_saved
-from tools.jobs import Job, how_many, run_all, state
-from tools.report import REPORT, load_arm, report
+from tools.parts.arms import as_saved
+from tools.parts.jobs import Job, how_many, run_all, state
+from tools.parts.report import REPORT, load_arm, report
 
 
 @dataclass

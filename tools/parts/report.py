@@ -14,7 +14,16 @@ from scipy import stats
 from harness.checkpoint import read_config, read_jsonl
 from harness.errors import UserError
 from settings import Config
-from tools.arms import NO_ARM, SETTLED, Arm, differences, every_knob, finite, load_metrics, mean_run
+from tools.parts.arms import (
+    NO_ARM,
+    SETTLED,
+    Arm,
+    differences,
+    every_knob,
+    finite,
+    load_metrics,
+    mean_run,
+)
 from tools.plot import FEW_SEEDS, MOST_ARMS, draw
 
 REPORT = ("eval_accuracy", "eval_code_frequency", "accuracy", "clip_frac")
