@@ -1,4 +1,4 @@
-"""The tool's nulls to the bit, the bias's signs at small size, appendix B against measurement."""
+"""tools.clip_bias: the nulls bit for bit, the signs of the bias, appendix B against measurement."""
 
 import json
 import math
@@ -9,22 +9,31 @@ import torch
 
 from harness.errors import run
 from tools import clip_bias
-from tools.clip_bias import ClipBiasConfig, arms, start, walk
-from tools.clip_tables import mean_se
+from tools.clip_bias import ClipBiasConfig
+from tools.parts.clip_tables import mean_se
+from tools.parts.logit_walk import (
+    context_gradients,
+    draw_advantages,
+    start_logits,
+    update_rules,
+    walk,
+)
+
+CLIPS = ["both", "high only", "low only", "off"]
 
 
-def ends(cfg, labels=None, steps=20, contexts=64, step_sizes=(0.8,)):
+def ends(cfg, labels=None, steps=20, contexts=64, step_sizes=(0.8,), **more):
     """walk on 20 tokens, the first at .65: label -> [3, L, C]."""
-    chosen = [arm for arm in arms(cfg) if labels is None or arm.label in labels]
-    return walk(cfg, start(20, 0.65), chosen, step_sizes, steps, contexts)
+    chosen = [rule for rule in update_rules(cfg) if labels is None or rule.label in labels]
+    return walk(cfg, start_logits(20, 0.65), chosen, step_sizes, steps, contexts, **more)
 
 
 def first() -> float:
-    return start(20, 0.65).double().log_softmax(-1)[0].exp()
+    return start_logits(20, 0.65).double().log_softmax(-1)[0].exp()
 
 
 def test_start():
-    p = start(20, 0.65).exp()
+    p = start_logits(20, 0.65).exp()
     assert p[0] == pytest.approx(0.65) and p.sum() == pytest.approx(1)
     assert -(p * p.log()).sum() == pytest.approx(1.678, abs=5e-4)
 
@@ -43,22 +52,22 @@ def test_constant_rewards_move_nothing():
 
 
 def test_one_update_a_step_clip_arms_agree_to_the_bit():
-    found = ends(ClipBiasConfig(updates=1), ["both", "high only", "low only", "off"], steps=5)
+    found = ends(ClipBiasConfig(updates=1), CLIPS, steps=5)
     both = found.pop("both")
     assert both[0].std() > 0 and all(torch.equal(both, end) for end in found.values())
 
 
 def test_small_steps_clip_nothing_and_arms_agree_to_the_bit():
-    found = ends(ClipBiasConfig(), ["both", "high only", "low only", "off"], 5, 64, (0.05,))
+    found = ends(ClipBiasConfig(), CLIPS, 5, 64, (0.05,))
     both = found.pop("both")
     assert both[0].std() > 0 and all(torch.equal(both, end) for end in found.values())
 
 
-def test_the_seed_fixes_all_and_threads_nothing(monkeypatch):
-    monkeypatch.setattr(clip_bias, "CHUNK", 16 * 16)  # four chunks
-    one, two = (ends(ClipBiasConfig(threads=n), ["both"], 3)["both"] for n in (1, 2))
+def test_the_seed_fixes_everything_and_threads_change_nothing():
+    four_chunks = {"chunk_rows": 16 * 16}
+    one, two = (ends(ClipBiasConfig(threads=n), ["both"], 3, **four_chunks)["both"] for n in (1, 2))
     assert torch.equal(one, two)
-    other = ends(ClipBiasConfig(seed=1), ["both"], 3)["both"]
+    other = ends(ClipBiasConfig(seed=1), ["both"], 3, **four_chunks)["both"]
     assert not torch.equal(one, other)
     assert len(one[0, 0].unique()) == 64  # no two chunks had the same noise
 
@@ -68,7 +77,7 @@ def test_the_seed_fixes_all_and_threads_nothing(monkeypatch):
 
 def test_signs():
     """Both above the start, off below it, each arm in its place (here .71 .76 .56 .61)."""
-    found = ends(ClipBiasConfig(), ["both", "high only", "low only", "off"], 25, 250)
+    found = ends(ClipBiasConfig(), CLIPS, 25, 250)
     top = {label: end[0, 0] for label, end in found.items()}
     for more, less in (("both", "off"), ("high only", "both"), ("off", "low only")):
         mean, se = mean_se(top[more] - top[less])  # paired: the same noise
@@ -85,13 +94,12 @@ def test_gradient_is_each_contexts_own_mean():
     logits, A = torch.randn(3, 5, generator=g), torch.randn(3, 8, generator=g)
     y = torch.randint(5, (3, 8), generator=g)
     logp = logits.log_softmax(-1)
-    grad, cut = clip_bias.gradient(logits, y, logp.gather(-1, y), A, {"clip": "both"})
+    grad, cut = context_gradients(logits, y, logp.gather(-1, y), A, {"clip": "both"})
     onehot = torch.nn.functional.one_hot(y, 5)
     by_hand = -(A[..., None] * (onehot - logp.exp()[:, None])).mean(1)
     assert torch.allclose(grad, by_hand, atol=1e-6) and not cut.any()
-    alone, _ = clip_bias.gradient(
-        logits[:1], y[:1], logp.gather(-1, y)[:1], A[:1], {"clip": "both"}
-    )
+    old_logp = logp.gather(-1, y)
+    alone, _ = context_gradients(logits[:1], y[:1], old_logp[:1], A[:1], {"clip": "both"})
     assert torch.allclose(alone, grad[:1], atol=1e-7)
 
 
@@ -101,14 +109,13 @@ def test_gradient_is_each_contexts_own_mean():
 @pytest.mark.parametrize("group, rate", [(16, 0.5), (5, 0.2)])
 def test_mu_is_the_closed_form(group, rate):
     """k of G rewards are 1: the G advantages' positive parts sum to sqrt(k (G - k) (G - 1) / G)."""
-    mu = sum(
-        math.comb(group, k) * rate**k * (1 - rate) ** (group - k)
-        * math.sqrt(k * (group - k) * (group - 1) / group) / group
-        for k in range(group + 1)
-    )  # fmt: skip
+    mu = 0.0
+    for k in range(group + 1):
+        chance = math.comb(group, k) * rate**k * (1 - rate) ** (group - k)
+        mu += chance * math.sqrt(k * (group - k) * (group - 1) / group) / group
     assert clip_bias.positive_part(group, rate) == pytest.approx(mu, rel=1e-6)
     cfg = ClipBiasConfig(group=group, rate=rate, samples=group * 8, updates=1)
-    A = clip_bias.draw_advantages(cfg, 20_000, torch.Generator().manual_seed(0))
+    A = draw_advantages(cfg, 20_000, torch.Generator().manual_seed(0))
     mean, se = mean_se(A.clamp_min(0).mean(1).double())
     assert abs(mean - mu) < 4 * se
 
@@ -157,16 +164,22 @@ def test_command(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "option, word",
-    [("--samples=100", "group"), ("--top=1.5", "top"), ("--contexts=1", "contexts"),
-     ("--stepsizes=1", "step_sizes"), ("--rate=2", "rate"), ("--step_sizes=-1", "step_sizes")],
-)  # fmt: skip
-def test_bad_input_is_one_line_and_status_2(option, word, monkeypatch, capsys):
+    "option, key",
+    [
+        ("--samples=100", "group"),
+        ("--top=1.5", "top"),
+        ("--contexts=1", "contexts"),
+        ("--stepsizes=1", "step_sizes"),
+        ("--rate=2", "rate"),
+        ("--step_sizes=-1", "step_sizes"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(option, key, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["clip_bias", option])
     with pytest.raises(SystemExit) as stop:
         run(clip_bias.main)
     error = capsys.readouterr().err.strip()
-    assert stop.value.code == 2 and word in error and len(error.splitlines()) == 1
+    assert stop.value.code == 2 and key in error and len(error.splitlines()) == 1
 
 
 def test_a_folder_that_cannot_be_made(tmp_path, monkeypatch, capsys):

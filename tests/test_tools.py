@@ -13,7 +13,8 @@ import sample
 from harness.errors import UserError
 from lora import add_lora, lora_layers, save_adapter
 from tasks import tiny
-from tools import bench, machine, peers, workload
+from tools import bench
+from tools.parts import machine, peers, workload
 
 # ---- bench
 

@@ -1,0 +1,12 @@
+"""Commands that a user types, as `python -m tools.NAME`. Each takes --help.
+
+    demo       train a few rewards on the tiny world and compare them
+    sweep      run a grid of settings, several seeds each, and compare the arms
+    plot       draw the metrics of runs that you name
+    figures    draw the figures of the papers from your runs
+    clip_bias  measure the bias of the clip on a table of logits
+    rewards    list the rewards, or score saved completions with them
+    bench      time the phases of a step, alone or against transformers and TRL
+
+tools/parts holds what the commands are made of.
+"""

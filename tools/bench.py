@@ -33,8 +33,8 @@ from harness import memory
 from harness.configurator import configure
 from harness.errors import UserError, run
 from model import choose_device, load_model
-from tools.machine import Cost, PeakMemory, ceilings, device_name, exponent, seconds
-from tools.workload import SHAPES, Step, even, weights
+from tools.parts.machine import Cost, PeakMemory, ceilings, device_name, exponent, seconds
+from tools.parts.workload import SHAPES, Step, even, weights
 
 PHASES = ("sample", "score", "reward", "update")
 POINTS = 5  # of a scaling: the full size, its half, its quarter, ...
@@ -192,7 +192,7 @@ def amount(cfg: BenchConfig, cost: Cost, step: Step, phases: tuple[str, ...]) ->
 
 def beside_hf(cfg: BenchConfig, step: Step, meter: Meter, ours: Callable[[], None]) -> dict:
     """Our sampler and transformers' generate in turn; what the peer took and the ratio."""
-    from tools import peers
+    from tools.parts import peers
 
     lengths: list[int] = []
 
@@ -223,7 +223,7 @@ def beside_trl(
     ours: Callable[[], None],
 ) -> dict:
     """Our step and that of TRL's GRPOTrainer in turn; what the peer took and the ratios."""
-    from tools import peers
+    from tools.parts import peers
 
     steps = peers.trl_steps(
         model, step.tokenizer, step.prompts, cfg.group, step.budgets, even, cfg.updates,

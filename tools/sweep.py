@@ -35,9 +35,10 @@ from harness.checkpoint import write_json
 from harness.configurator import configure
 from harness.errors import UserError, run
 from settings import Config, check
-from tools.arms import as_saved
-from tools.jobs import Job, how_many, run_all, state
-from tools.report import REPORT, load_arm, report
+from tools.parts.arms import as_saved
+from tools.parts.jobs import Job, how_many, run_all, state
+from tools.parts.report import REPORT, write_report
+from tools.parts.sweep_runs import load_sweep_arm
 
 
 @dataclass
@@ -147,7 +148,7 @@ def main(argv: list[str]) -> None:
         for job in jobs:
             state(job)
         for folder, job in {job.folder.parent: job for job in jobs}.items():
-            load_arm(folder, as_saved(job.config))  # seeds that are there, but not asked for
+            load_sweep_arm(folder, as_saved(job.config))  # seeds that are there, but not asked for
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         write_json(Path(cfg.out) / "sweep.json", {"arms": arms, "argv": argv})
         run_all(jobs, at_once, Path(cfg.out))
@@ -157,7 +158,7 @@ def main(argv: list[str]) -> None:
             "--last, --average and --pool"
         )
     pool = [Path(folder) for folder in cfg.pool]
-    print(json.dumps(report(Path(cfg.out), cfg.report, cfg.last, cfg.average, pool)))
+    print(json.dumps(write_report(Path(cfg.out), cfg.report, cfg.last, cfg.average, pool)))
 
 
 if __name__ == "__main__":

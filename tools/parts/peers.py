@@ -24,7 +24,7 @@ from transformers.utils import logging as hf_logging
 
 from harness.errors import UserError
 from lora import lora_layers
-from tools.machine import PeakMemory, synchronize
+from tools.parts.machine import PeakMemory, synchronize
 
 END = 0  # the token that ends a peer's response, and pads what is behind it
 

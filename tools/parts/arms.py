@@ -1,4 +1,4 @@
-"""Run folders as arms: the runs of one configuration, one a seed, and their metrics.jsonl."""
+"""Arms: the runs of one configuration, one run per seed, with the metrics that each run logged."""
 
 import json
 import math
@@ -12,26 +12,28 @@ from harness.checkpoint import read_config, read_jsonl
 from harness.errors import UserError
 from settings import Config
 
-NO_ARM = ("seed", "out_dir", "resume")  # what runs of one arm may differ in
-SETTLED = ("rollout_weights", "micro_batch_tokens")  # likewise: what memory allowed of them
+# Two runs belong to one arm even if they differ in these settings ...
+RUN_KEYS = ("seed", "out_dir", "resume")
+# ... or in these, which train.py adapts to the memory it finds.
+MEMORY_KEYS = ("rollout_weights", "micro_batch_tokens")
 
 
 @dataclass
 class Arm:
-    """The runs of one configuration, one a seed: their metrics.jsonl, each a list of rows."""
+    """The runs of one configuration. A run is the list of the rows in its metrics.jsonl."""
 
     label: str
-    folders: list[Path]
+    folders: list[Path]  # one per run
     runs: list[list[dict]]
-    config: dict = field(default_factory=dict)  # of its runs; seed and out_dir are the first one's
+    config: dict = field(default_factory=dict)  # of the first run
 
     def curve(self, key: str, smooth: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(steps, mean, standard error), [S] each, over the S steps at which every run has `key`.
+        """(steps, mean, standard error), [S] each, for the S steps at which every run has `key`.
 
-        smooth: each run's values are first averaged over the last so many steps (fewer at first).
-        The error is over seeds. It is nan where there is one seed, but for eval_accuracy, whose own
-        error over problems is logged; and where the seeds agree exactly, as before training: these
-        are not several measurements.
+        smooth: average each run over this many steps, up to and including the current one.
+        The standard error is over seeds, and nan if there is one seed. Exception: eval_accuracy of
+        a single seed has the logged error over problems. The error is also nan where all seeds have
+        the same value: before training they measure the same model on the same samples.
         """
         steps, values = self._common(key)
         if smooth > 1 and len(steps):
@@ -46,8 +48,11 @@ class Arm:
         return np.array(steps), values.mean(0), error
 
     def by_bin(self, key: str) -> np.ndarray:
-        """[seeds, bins] of clip_high_bins or clip_low_bins: of a bin's tokens those clipped, over
-        all steps (equally weighted); nan where a bin had no token. [0, 0] where none is logged."""
+        """[seeds, bins]: the fraction of a bin's tokens that was clipped, averaged over all steps.
+
+        key: clip_high_bins or clip_low_bins. Steps are weighted by their tokens in the bin. A bin
+        without tokens is nan. The result is empty, [0, 0], if a run did not log the key.
+        """
         runs = []
         for rows in self.runs:
             logged = [row for row in rows if row.get(key) and row.get("prob_bins")]
@@ -59,36 +64,34 @@ class Arm:
                 runs.append((share * clipped).sum(0) / share.sum(0))
         return np.stack(runs)
 
-    def has(self, key: str) -> bool:
-        """Whether there is something to draw in the panel of this name."""
-        if key == "clip_bins":
-            return self.by_bin("clip_high_bins").size > 0
-        return len(self.curve("clip_pull_high" if key == "clip_pull" else key)[0]) > 0
-
     def _common(self, key: str) -> tuple[list[int], np.ndarray]:
-        """Steps that every run has, so that no mean jumps where a shorter run ends; [runs, S]."""
-        columns = [{row["step"]: row[key] for row in rows if finite(row.get(key))}
-                   for rows in self.runs]  # fmt: skip
+        """The S steps at which every run has `key`, and the values there, [runs, S].
+
+        Other steps are left out: the mean would jump where a shorter run ends.
+        """
+        columns = []
+        for rows in self.runs:
+            columns.append({row["step"]: row[key] for row in rows if finite(row.get(key))})
         steps = sorted(set.intersection(*map(set, columns)))
         values = [[column[step] for step in steps] for column in columns]
         return steps, np.array(values, dtype=float)
 
 
 def as_saved(config: Config) -> dict:
-    """A configuration as config.json has it (no tuples)."""
+    """A configuration as config.json holds it (lists instead of tuples)."""
     return json.loads(json.dumps(asdict(config)))
 
 
 def every_knob(config: dict) -> dict:
-    """A run's configuration with every knob: a run from before there was one had its default."""
+    """A run's configuration with every setting. A setting newer than the run has its default."""
     return as_saved(Config()) | config
 
 
 def differences(a: dict, b: dict, but: Collection[str] = ()) -> dict[str, tuple]:
-    """The knobs, less `but`, in which two runs' configurations differ: key -> (a's, b's) value.
+    """The settings, except `but`, in which two configurations differ: key -> (a's, b's) value.
 
-    but=(*NO_ARM, *SETTLED) leaves what makes two arms of two runs. A knob that there no longer is
-    makes no difference.
+    With but=(*RUN_KEYS, *MEMORY_KEYS), two runs of one arm have no differences. Settings that no
+    longer exist are ignored.
     """
     a, b = every_knob(a), every_knob(b)
     keys = [key for key in as_saved(Config()) if key not in but]
@@ -96,51 +99,59 @@ def differences(a: dict, b: dict, but: Collection[str] = ()) -> dict[str, tuple]
 
 
 def finite(value) -> bool:
-    """Whether a logged value is a number, rather than a list, null or NaN."""
+    """Whether a logged value is a finite number (not a list, null or NaN)."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
 def load_arms(folders: Sequence[Path | str]) -> list[Arm]:
     """Read run folders and group them into arms, in the order given.
 
-    An arm is labelled with its reward and with whatever else differs between arms. Raises UserError
-    for a folder without a readable config.json or metrics.jsonl, or a seed that is there twice.
+    An arm's label is its reward and every other setting in which the arms differ. Raises UserError
+    for a folder without a readable config.json or metrics.jsonl, and for a seed given twice.
     """
     arms: dict[str, Arm] = {}
-    configs: dict[str, dict] = {}
-    seeds: dict[tuple, Path] = {}
+    seen: dict[tuple, Path] = {}
     for folder in map(Path, folders):
         config = every_knob(read_config(folder))
-        rest = {key: value for key, value in config.items() if key not in NO_ARM}
-        name = json.dumps(rest, sort_keys=True)
-        twin = seeds.setdefault((name, config.get("seed")), folder)
+        name = json.dumps(_without_run_keys(config), sort_keys=True)
+        twin = seen.setdefault((name, config.get("seed")), folder)
         if twin is not folder:
             raise UserError(f"{folder}: the same configuration and seed as {twin}: name only one")
         arm = arms.setdefault(name, Arm("", [], [], config))
         arm.folders.append(folder)
         arm.runs.append(load_metrics(folder))
-        configs[name] = rest
-    keys = dict.fromkeys(key for config in configs.values() for key in config)
-    differing = [key for key in keys if len({json.dumps(c.get(key)) for c in configs.values()}) > 1]
-    for name, arm in arms.items():
-        config = configs[name]
-        shown = [k for k in differing if config.get(k, "") != "" and k != "reward"]
-        rest = [f"{k}={config[k]}" for k in shown]
-        arm.label = ", ".join([str(config.get("reward", "?")), *rest])
+    _set_labels(list(arms.values()))
     return list(arms.values())
 
 
+def _without_run_keys(config: dict) -> dict:
+    return {key: value for key, value in config.items() if key not in RUN_KEYS}
+
+
+def _set_labels(arms: list[Arm]) -> None:
+    configs = [_without_run_keys(arm.config) for arm in arms]
+    keys = dict.fromkeys(key for config in configs for key in config)
+    differing = [key for key in keys if len({json.dumps(c.get(key)) for c in configs}) > 1]
+    for arm, config in zip(arms, configs, strict=True):
+        shown = [key for key in differing if config.get(key, "") != "" and key != "reward"]
+        settings = [f"{key}={config[key]}" for key in shown]
+        arm.label = ", ".join([str(config.get("reward", "?")), *settings])
+
+
 def mean_run(runs: Sequence[list[dict]]) -> list[dict]:
-    """Runs of equal length as one: the mean of each number that all have at a step."""
-    return [
-        {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]
-         if all(finite(row.get(key)) for row in rows)}
-        for rows in zip(*runs, strict=True)
-    ]  # fmt: skip
+    """One run made of several of equal length: the mean of each number that all have at a step."""
+    mean = []
+    for rows in zip(*runs, strict=True):
+        shared = [key for key in rows[0] if all(finite(row.get(key)) for row in rows)]
+        mean.append({key: sum(row[key] for row in rows) / len(rows) for key in shared})
+    return mean
 
 
 def load_metrics(folder: Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl, with clip_frac added. Raises UserError where none is."""
+    """The rows of a run's metrics.jsonl, with clip_frac = low + high added.
+
+    Raises UserError if the file is missing, unreadable or empty.
+    """
     path = folder / "metrics.jsonl"
     try:
         path.stat()

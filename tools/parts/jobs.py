@@ -27,7 +27,7 @@ from harness.errors import UserError
 from harness.memory import device_memory
 from settings import Config, choose_scale
 from tasks import tiny
-from tools.arms import as_saved, differences
+from tools.parts.arms import as_saved, differences
 
 MEMORY_OF_RUN = 1.5e9  # bytes of a run of the tiny world, libraries included, rounded up
 

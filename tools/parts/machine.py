@@ -1,10 +1,11 @@
-"""What the machine can do, and what of it a piece of work used: ceilings, costs, peak memory.
+"""What the machine can do, and how much of it a piece of work used, for tools.bench.
 
-For tools.bench alone. A ceiling is measured, never looked up: a share of it then means the same on
-a quiet machine and on a busy one.
+Ceilings of speed are measured, not taken from a data sheet, so that a share of a ceiling means the
+same on a quiet machine and on a busy one.
 """
 
 import ctypes
+import math
 import platform
 import re
 import time
@@ -20,7 +21,7 @@ from model import backbone, head
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the GPU, so that a clock read next to this measures what was asked of it."""
+    """Wait for the GPU to finish, so that a clock read after this includes its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -37,7 +38,7 @@ def device_name(device: torch.device) -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-# ------------------------------------------------------------------------------------------- time
+# ---- time
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
@@ -50,9 +51,10 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Bytes/s of a large copy (read and written both counted), FLOP/s of a large matmul in dtype.
+    """Bytes/s of a large copy (read plus written), and FLOP/s of a large matmul in dtype.
 
-    With the threads the run has. The best of five each: whatever else is running only slows them.
+    Uses the threads that the run uses. Each is the best of five, because other processes can only
+    slow it down.
     """
     cuda = device.type == "cuda"
     elements = 2**29 if cuda else 2**26  # 2 GB, or 256 MB: larger than any cache
@@ -66,20 +68,20 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def exponent(sizes: list[int], costs: list[float]) -> float:
-    """The power b of cost ~ size^b: least squares on the logarithms."""
+    """The power b of cost ~ size^b, by least squares on the logarithms."""
     return float(np.polyfit(np.log(sizes), np.log(costs), 1)[0])
 
 
-# ------------------------------------------------------------------------------------------- work
+# ---- work
 
 
 class Cost:
-    """What a model must compute and read at least, from its shape.
+    """The least that a model must compute and read, from its shape.
 
-    FLOP: 2 a weight and token in the decoder's linear layers and, for response tokens, in the
-    head, and 4 x layers x heads x head_dim a pair of positions in attention. Padding, recomputed
-    activations and the adapter are not counted: work that a faster program would not do.
-    Bytes: the weights in the compute type, once a forward (NF4 ones too, since they are
+    FLOP: 2 per weight and token in the linear layers of the decoder, 2 per weight and response
+    token in the head, and 4 x layers x heads x head_dim per pair of positions in attention.
+    Padding, recomputed activations and the adapter do not count: a faster program would avoid them.
+    Bytes: the weights once per forward in the compute type (also of NF4 weights, which are
     multiplied in it), and the filled part of the KV cache.
     """
 
@@ -95,7 +97,7 @@ class Cost:
         self.kv_bytes = 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim * size
 
     def forward_flop(self, prompt_len: torch.Tensor, length: torch.Tensor) -> float:
-        """One forward over responses and their prompts; prompt_len, length int64 [B]."""
+        """FLOP of one forward over prompts and responses; prompt_len, length int64 [B]."""
         total = (prompt_len + length).double()
         pairs = (total * (total + 1) / 2).sum()
         flop = 2 * self.decoder * total.sum() + 2 * self.head * length.sum()
@@ -104,9 +106,10 @@ class Cost:
     def sampling(
         self, prompt_len: torch.Tensor, length: torch.Tensor, group: int, rows: int
     ) -> tuple[float, float]:
-        """(FLOP, bytes) of sampling: each prompt once, then a token at a time, `rows` at once.
+        """(FLOP, bytes) of sampling: each prompt once, then one token at a time for `rows` rows.
 
-        The fewest decoding steps of any schedule: the longest response, or all tokens over rows.
+        Counts the fewest decoding steps that any schedule needs: the length of the longest
+        response, or all tokens divided by rows, whichever is larger.
         """
         once = prompt_len[::group].double()
         repeated = self.forward_flop(prompt_len, torch.zeros_like(length))
@@ -118,15 +121,15 @@ class Cost:
         return flop, steps * self.weight_bytes + float(read) * self.kv_bytes
 
 
-# ----------------------------------------------------------------------------------------- memory
+# ---- memory
 
 
 class PeakMemory:
-    """Peak memory between start and stop, in GB: (growth over what was held at the start, peak).
+    """Peak memory between start and stop, in GB: (growth since the start, peak).
 
-    CUDA: the caching allocator's max_memory_allocated, reset at the start. Linux: the process's
-    VmHWM, reset through /proc/self/clear_refs after freed memory has been given back
-    (malloc_trim). Elsewhere not known: (nan, nan).
+    CUDA: the allocator's max_memory_allocated, which is reset at the start. Linux: the VmHWM of the
+    process, which is reset through /proc/self/clear_refs after malloc_trim has returned freed
+    memory. Other systems: unknown, (nan, nan).
     """
 
     def __init__(self, device: torch.device):
@@ -149,11 +152,11 @@ class PeakMemory:
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device) / 1e9
         else:
-            peak = _status("VmHWM") if self.before == self.before else float("nan")
+            peak = float("nan") if math.isnan(self.before) else _status("VmHWM")
         return peak - self.before, peak
 
 
 def _status(key: str) -> float:
-    """A line of /proc/self/status, GB."""
+    """A line of /proc/self/status in GB."""
     text = Path("/proc/self/status").read_text()
     return int(re.search(rf"^{key}:\s+(\d+)", text, re.M)[1]) * 1024 / 1e9

@@ -1,0 +1,80 @@
+"""What all figures share: fonts, colours, markers and how a figure is saved."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from harness.errors import UserError
+from tools.parts.arms import Arm
+
+WIDTH = 32 / 3  # inches; 1600 pixels at DPI
+DPI = 150
+FIGURE_STYLE = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
+
+# The palette of Okabe and Ito, which people with any colour vision can tell apart. Its yellow is
+# left out because it is too pale for lines.
+BLUE, VERMILION, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+SKY, ORANGE, BLACK = "#56B4E9", "#E69F00", "#000000"
+COLOURS = (BLUE, VERMILION, GREEN, PINK, SKY, ORANGE, BLACK)
+LINE_STYLES = ("-", "--", ":")
+MARKERS = "osD^vPX"
+
+# A reward has the same colour in every figure.
+REWARD_COLOURS = {
+    "ground_truth": BLUE,
+    "random(0.5)": VERMILION,
+    "random": VERMILION,  # the same reward: 0.5 is its default
+    "format": GREEN,
+    "python": PINK,
+    "majority": SKY,
+    "incorrect": ORANGE,
+}
+# If all arms have the same reward, the clip decides. tools.clip_bias uses the same colours.
+CLIP_COLOURS = {"both": BLUE, "high": VERMILION, "low": GREEN, "off": PINK}
+
+
+def series_style(number: int) -> dict:
+    """Colour and line style of the series with this number, for lines that are not arms."""
+    n = len(COLOURS)
+    return {"color": COLOURS[number % n], "linestyle": LINE_STYLES[number // n % len(LINE_STYLES)]}
+
+
+def arm_styles(arms: Sequence[Arm]) -> list[dict]:
+    """Colour and line style of each arm, no two alike (up to 21 arms).
+
+    The first arm of a reward, or of a clip, takes its fixed colour. All others take the colours
+    that are left.
+    """
+    rewards = [arm.config.get("reward") for arm in arms]
+    clips = [arm.config.get("clip") for arm in arms]
+    if len(set(rewards)) == 1 and len(set(clips)) > 1:
+        fixed, values = CLIP_COLOURS, clips
+    else:
+        fixed, values = REWARD_COLOURS, rewards
+    wanted = [fixed.get(value) for value in values]
+    # Colours without a fixed meaning come first.
+    order = sorted(COLOURS, key=lambda colour: colour in fixed.values())
+    pairs = [(colour, line) for line in LINE_STYLES for colour in order]
+    left = itertools.cycle(pair for pair in pairs if pair[1] != "-" or pair[0] not in wanted)
+    styles, used = [], set()
+    for colour in wanted:
+        if colour is None or colour in used:
+            colour, line = next(left)
+        else:
+            used.add(colour)
+            line = "-"
+        styles.append({"color": colour, "linestyle": line})
+    return styles
+
+
+def save_figure(figure: Figure, path: Path | str) -> None:
+    """Write a figure; the suffix chooses the format. Raises UserError if that is impossible."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with matplotlib.rc_context(FIGURE_STYLE):  # tick labels are made when a figure is drawn
+            figure.savefig(path, dpi=DPI)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--out={path}: cannot be written: {error}") from error
