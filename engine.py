@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kvcache import PrefillCache, Prompt, decoding
 from lora import rollout_address
-from model import backbone, head
+from model import backbone, head, logits
 from sampling import uniforms
 from slots import Rows, Slots
 
@@ -78,12 +78,12 @@ def prefill(model: nn.Module, prompts: list[list[int]]) -> list[Prompt]:
     hidden = backbone(model)(padded, past_key_values=cache, use_cache=True).last_hidden_state
     last = hidden[torch.arange(len(prompts), device=device), lens - 1]  # [u, H]
     found = []
-    for i, (prompt, logits) in enumerate(zip(prompts, head(model)(last), strict=True)):
+    for i, (prompt, z) in enumerate(zip(prompts, logits(head(model), last), strict=True)):
         keys, values = (
             [layer[i, :, : len(prompt)] for layer in layers]
             for layers in (cache.keys, cache.values)
         )
-        found.append(Prompt(keys, values, logits))
+        found.append(Prompt(keys, values, z))
     return found
 
 
