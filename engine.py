@@ -18,7 +18,7 @@ from decoding.kvcache import PrefillCache, Prompt, decode_attention
 from decoding.sampling import uniforms
 from decoding.slots import DecodeSetup, Rows, Slots
 from lora import weights_address
-from model import backbone, head
+from model import backbone, head, logits
 
 # First key of the noise: training, eval and majority labels never share a stream.
 TRAIN_NOISE, EVAL_NOISE, LABEL_NOISE = 1, 2, 3
@@ -55,12 +55,12 @@ def prefill(model: nn.Module, prompts: list[list[int]]) -> list[Prompt]:
     hidden = backbone(model)(padded, past_key_values=cache, use_cache=True).last_hidden_state
     last = hidden[torch.arange(len(prompts), device=device), lens - 1]  # [u, H]
     found = []
-    for i, (prompt, logits) in enumerate(zip(prompts, head(model)(last), strict=True)):
+    for i, (prompt, z) in enumerate(zip(prompts, logits(head(model), last), strict=True)):
         keys, values = (
             [layer[i, :, : len(prompt)] for layer in layers]
             for layers in (cache.keys, cache.values)
         )
-        found.append(Prompt(keys, values, logits))
+        found.append(Prompt(keys, values, z))
     return found
 
 

@@ -20,6 +20,8 @@ from harness.errors import UserError
 # fp32 logits held at once by token_stats, in elements: 64 MB, whatever the vocabulary (backward
 # holds some five times as much).
 LOGITS_CHUNK = 2**24
+# Rows of a bf16 head that the CPU makes fp32 at once: 4 to 14 MB.
+HEAD_ROWS = 1024
 # Below so many parameters a second thread costs more than it brings on the CPU, most of all where
 # other work keeps the cores busy (12 times as long was seen for the tiny world).
 SMALL_MODEL = 2_000_000
@@ -142,10 +144,10 @@ def _refuse_unknown_architecture(model: nn.Module, name: str) -> None:
             f"({', '.join(sorted(kinds)) or 'sliding window'}): not supported"
         )
     tokens = torch.arange(4, device=next(model.parameters()).device)[None] % model.config.vocab_size
-    logits = model(tokens, use_cache=False).logits
-    ours = head(model)(backbone(model)(tokens, use_cache=False).last_hidden_state)
-    tolerance = 1e-5 if logits.dtype == torch.float32 else 1e-2
-    if not torch.allclose(logits, ours, rtol=tolerance, atol=tolerance):
+    theirs = model(tokens, use_cache=False).logits[0]  # [4, V]
+    ours = logits(head(model), backbone(model)(tokens, use_cache=False).last_hidden_state[0])
+    tolerance = 1e-5 if theirs.dtype == torch.float32 else 1e-2
+    if not torch.allclose(theirs.float(), ours, rtol=tolerance, atol=tolerance):
         raise UserError(
             f"model {name!r}: its logits are not a linear map of the last hidden state "
             "(soft-capping or scaling): not supported"
@@ -160,6 +162,62 @@ def backbone(model: nn.Module) -> nn.Module:
 def head(model: nn.Module) -> nn.Module:
     """The output layer: hidden [..., H] -> logits [..., V]; V may exceed the tokenizer's size."""
     return model.get_output_embeddings()
+
+
+def logits(model_head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """float32 [n, V] of hidden states [n, H]: summed up in fp32 and never rounded to bf16.
+
+    In bf16 a logit between 16 and 32 stands on a grid of 0.125, so one rounding flip would move a
+    ratio by 13 %, more than the clip allows. Scores, update and sampler all take their logits from
+    here. The gradient reaches hidden and, where they are trained, weight and bias.
+    """
+    weight = model_head.weight
+    if weight.dtype == torch.float32 or type(model_head) is not nn.Linear:
+        return model_head(hidden).float()
+    return _Float32Logits.apply(hidden, weight, model_head.bias)
+
+
+class _Float32Logits(torch.autograd.Function):
+    """h W^T + b in fp32 of bf16 or fp16 h [n, H], W [V, H], b [V] or None.
+
+    CUDA multiplies such inputs into fp32 itself. Elsewhere a few rows of W at a time are made fp32,
+    which is exact, costs no second head, and is as fast as one from some eight rows on.
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight, bias):
+        ctx.save_for_backward(h, weight)
+        ctx.has_bias = bias is not None
+        if h.is_cuda:
+            z = torch.mm(h, weight.t(), out_dtype=torch.float32)
+        else:
+            wide, z = h.float(), torch.empty(len(h), len(weight), device=h.device)
+            for part, rows in zip(z.split(HEAD_ROWS, 1), weight.split(HEAD_ROWS), strict=True):
+                torch.mm(wide, rows.float().t(), out=part)
+        return z if bias is None else z.add_(bias)
+
+    @staticmethod
+    def backward(ctx, grad):  # [n, V] fp32
+        h, weight = ctx.saved_tensors
+        to_h = to_weight = to_bias = None
+        narrow = grad.to(h.dtype) if h.is_cuda else None  # one rounding, as of any bf16 gradient
+        if ctx.needs_input_grad[0]:
+            if h.is_cuda:
+                to_h = torch.mm(narrow, weight, out_dtype=torch.float32)
+            else:
+                to_h = torch.zeros(h.shape, device=h.device)
+                parts = zip(grad.split(HEAD_ROWS, 1), weight.split(HEAD_ROWS), strict=True)
+                for part, rows in parts:
+                    to_h.addmm_(part, rows.float())
+            to_h = to_h.to(h.dtype)
+        if ctx.needs_input_grad[1]:
+            if h.is_cuda:
+                to_weight = torch.mm(narrow.t(), h)
+            else:
+                to_weight = (grad.t() @ h.float()).to(weight.dtype)
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            to_bias = grad.sum(0).to(weight.dtype)
+        return to_h, to_weight, to_bias
 
 
 def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -215,7 +273,8 @@ def token_stats(
 
     tokens int64 [B, T]: right-padded prompt + response; prompt_len, length int64 [B]: tokens of
     each. Column j of the result is token prompt_len + j, so it is read from the logits one position
-    earlier. Distributions are softmax(logits / temperature) over all rows of the head, in fp32:
+    earlier. Distributions are softmax(logits / temperature) over all rows of the head, in fp32
+    from the logits on (see logits):
 
         entropy        H(p)       = -sum_v p_v log p_v       with log p = z - logsumexp(z)
         self_certainty KL(U || p) = logsumexp(z) - mean_v z_v - log V    (arXiv 2505.19590, eq. 2)
@@ -261,7 +320,7 @@ def _chunk_stats(
     output: nn.Module, h: torch.Tensor, y: torch.Tensor, temperature: float, also: tuple[str, ...]
 ) -> tuple[torch.Tensor | None, ...]:
     """TokenStats' fields for n tokens, [n] each, from hidden states h [n, H]."""
-    z = output(h).float()  # [n, V]
+    z = logits(output, h)  # [n, V]
     if temperature != 1.0:
         z = z / temperature
     lse = z.logsumexp(-1)  # [n]

@@ -98,7 +98,9 @@ def sample_rollouts(
     model: nn.Module, tokenizer: Tokenizer, items: Items, cfg: Config, step: int
 ) -> Rollouts:
     """Sample the step's prompts, group_size responses each, under the policy as it stands."""
-    chosen = [items[i] for i in batch_indices(len(items), cfg.prompts_per_step, cfg.seed, step)]
+    # Steps are counted from 1 here, the walk through the problems from 0.
+    order = batch_indices(len(items), cfg.prompts_per_step, cfg.seed, step - 1)
+    chosen = [items[i] for i in order]
     B = len(chosen) * cfg.group_size
     with Progress(B, "  sample", leave=False, disable=not sys.stderr.isatty()) as progress:
         out = generate(

@@ -14,7 +14,7 @@ from torch import nn
 
 from decoding.kvcache import BUCKET, KVCache, Prompt, StaticCache
 from decoding.sampling import sample
-from model import backbone, head
+from model import backbone, head, logits
 
 SHRINK = 0.9  # ended rows leave when fewer than this share of the slots is alive
 
@@ -41,12 +41,15 @@ class Rows:
         for mine in (self.length, self.finished, self.logp):
             mine.zero_()
 
-    def step(self, row: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sample a token for each of these rows: tokens [n] and which rows are over, bool [n]."""
+    def step(self, row: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sample a token for each of these rows from their logits z [n, V].
+
+        Returns the tokens [n] and which rows are over, bool [n].
+        """
         spare = self.uniform.shape[1]
         j = self.length[row]  # [n] response position
         over = self.finished[row] | (j >= self.budget[row])
-        token, logp = sample(logits, self.uniform[row, j.clamp_max(spare - 1)], *self.settings)
+        token, logp = sample(z, self.uniform[row, j.clamp_max(spare - 1)], *self.settings)
         column = torch.where(over, spare, j)
         self.response[row, column], self.logp[row, column] = token, logp
         self.length[row] = j + ~over
@@ -105,8 +108,8 @@ class Slots:
         self.cache.place(group, prompt)
         row = torch.tensor(rows, device=self.row.device)
         self.row[group] = row
-        logits = prompt.logits.expand(len(group), -1)
-        self.token[group], self.over[group] = self.rows.step(row, logits)
+        z = prompt.logits.expand(len(group), -1)
+        self.token[group], self.over[group] = self.rows.step(row, z)
 
     def shrink(self, ended: list[bool], waiting: bool) -> list[int]:
         """Let ended rows go, given over[:n] as a list; the slots that are free for waiting rows."""
@@ -152,7 +155,7 @@ class Slots:
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state  # [n, 1, H]
-        token, over = self.rows.step(row, head(self.model)(hidden[:, 0]))
+        token, over = self.rows.step(row, logits(head(self.model), hidden[:, 0]))
         self.token[: self.n], self.over[: self.n] = token, over
 
     def _capture(self, key: tuple) -> None:

@@ -147,9 +147,10 @@ def plan(
     gradients = s * 2 * inner
     kept = tokens * (n_layers * layer_bytes + gradients)
     recomputed = tokens * (n_layers * s * H + layer_bytes + gradients)
-    # Logits of a chunk: once as the head gives them, and five times in fp32: themselves, and in
-    # backward the shares of logsumexp and of the gathered token. Of a decoding step: as the head
-    # gives them, in fp32, and as probabilities. A prefill holds keys and values, and one layer.
+    # Logits of a chunk: five times in fp32, themselves and in backward the shares of logsumexp and
+    # of the gathered token, and their gradient once in the weights' type. Of a decoding step, in
+    # fp32: as the head gives them, over the temperature, and as probabilities. A prefill holds keys
+    # and values, and one layer.
     V = head(model).weight.shape[0]
     per_logit = s + 5 * 4
     chunk = min(max(1, LOGITS_CHUNK // V), tokens)
@@ -165,7 +166,7 @@ def plan(
         activations_else=kept if checkpointing else recomputed,
         logits=chunk * V * per_logit,
         sampled=max(
-            rollout_rows * V * (s + 2 * 4),
+            rollout_rows * V * 3 * 4,
             min(PREFILL_TOKENS, rollout_rows * total_tokens)
             * (_cache_elements(c) * s + layer_bytes),
         ),

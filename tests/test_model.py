@@ -8,6 +8,9 @@ from scipy.stats import entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grpo
+import model as model_module
+from decoding import slots
+from engine import TRAIN_NOISE, generate
 from harness.errors import UserError
 from lora import (
     adapter_off,
@@ -18,7 +21,14 @@ from lora import (
     save_adapter,
     trainable,
 )
-from model import checkpoint_activations, end_token_ids, load_model, load_tokenizer, token_stats
+from model import (
+    checkpoint_activations,
+    end_token_ids,
+    load_model,
+    load_tokenizer,
+    logits,
+    token_stats,
+)
 
 FAMILIES = ("qwen2", "llama", "olmo2")
 QUANTS = [
@@ -223,6 +233,87 @@ def test_gradient_checkpointing_changes_no_gradient(model_folders):
         token_stats(model, *batch(4), also=()).logp.sum().backward()
         grads.append(torch.cat([p.grad.flatten() for p in trainable(model).values()]))
     assert torch.equal(*grads)
+
+
+# ------------------------------------------------------------------------------ logits in float32
+
+
+@pytest.mark.parametrize("kind", ["plain", "bias", "tied"])
+def test_bf16_logits_and_their_gradients_are_those_of_float64(kind, monkeypatch):
+    """Of the very bf16 numbers: rounded once where a gradient is bf16 itself, not before."""
+    monkeypatch.setattr(model_module, "HEAD_ROWS", 30)  # several blocks, the last one smaller
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(97, 64, generator=generator).bfloat16()
+    h = (4 * torch.randn(11, 64, generator=generator)).bfloat16()
+    layer = torch.nn.Linear(64, 97, bias=kind == "bias", dtype=torch.bfloat16)
+    layer.weight = torch.nn.Parameter(weight)
+    if kind == "tied":
+        embedding = torch.nn.Embedding(97, 64, dtype=torch.bfloat16)
+        embedding.weight = layer.weight
+        h = embedding(torch.arange(11))
+    else:
+        h.requires_grad_()
+    z = logits(layer, h)
+    exact_w = weight.double().requires_grad_()
+    exact_h = exact_w[:11] if kind == "tied" else h.detach().double().requires_grad_()
+    exact = exact_h @ exact_w.t()
+    if kind == "bias":
+        exact_b = layer.bias.detach().double().requires_grad_()
+        exact = exact + exact_b
+    assert z.dtype == torch.float32 and z.abs().max() > 16
+    assert ((z - exact).abs() <= 1e-6 * exact.abs().max()).all()
+    rounded = (h @ layer.weight.t()).float()
+    assert (rounded - exact).abs().max() > 0.03  # the fault is real
+    upstream = torch.randn(11, 97, generator=generator)
+    z.backward(upstream)
+    exact.backward(upstream.double())
+    pairs = [(layer.weight.grad, exact_w.grad)]
+    pairs += [(h.grad, exact_h.grad)] if kind != "tied" else []
+    pairs += [(layer.bias.grad, exact_b.grad)] if kind == "bias" else []
+    for ours, want in pairs:
+        # one rounding; where the embedding's gradient is added to the head's, three
+        bound = 2**-8 * (want.abs() if kind != "tied" else 3 * want.abs().max())
+        assert ((ours - want).abs() <= bound + 1e-5).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_scores_sampler_and_update_share_float32_logits(model_folders, family):
+    """logp of each token against float64 from the same bf16 hidden states; the sampler's too."""
+    model = load_model(model_folders[family], dtype=torch.bfloat16)
+    add_lora(model, 4, 8)
+    prompts = [[5, 6, 7], [8, 9]]
+    g = generate(model, prompts, 4, 12, [3], (TRAIN_NOISE, 0, 0))
+    scored = token_stats(model, g.tokens, g.prompt_len, g.length, also=()).logp
+    assert scored.requires_grad  # as in the update
+    T = int((g.prompt_len + g.length).max())
+    hidden = model.model(g.tokens[:, :T], use_cache=False).last_hidden_state
+    exact = (hidden.double() @ model.lm_head.weight.double().t()).log_softmax(-1)
+    for i, (p, n) in enumerate(zip(g.prompt_len.tolist(), g.length.tolist(), strict=True)):
+        want = exact[i, range(p - 1, p + n - 1), g.tokens[i, p : p + n]]
+        assert torch.allclose(scored[i, :n].double(), want, atol=2e-5)
+    # Prefill and decoding steps: every log-probability is a difference of fp32 numbers, and those
+    # that came from bf16 logits would all stand on a grid.
+    first = [logits(model.lm_head, hidden[i, p - 1][None])[0].log_softmax(-1)
+             for i, p in enumerate(g.prompt_len.tolist())]  # fmt: skip
+    chosen = [z[g.tokens[i, p]] for i, (z, p) in enumerate(zip(first, g.prompt_len, strict=True))]
+    assert torch.allclose(torch.stack(chosen), g.sampler_logp[:, 0], atol=0.02)
+    for part in ("prefill", "step"):
+        seen = logits_of_sampler(model, prompts, part)
+        assert seen.dtype == torch.float32 and (seen != seen.bfloat16()).float().mean() > 0.9
+
+
+def logits_of_sampler(model, prompts, part):
+    """The logits from which generate samples first tokens (prefill) or later ones (step)."""
+    seen, step = {"prefill": [], "step": []}, slots.Rows.step
+
+    def spy(rows, row, z):
+        seen["prefill" if int(rows.length[row].max()) == 0 else "step"].append(z.clone())
+        return step(rows, row, z)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slots.Rows, "step", spy)
+        generate(model, prompts, 1, 4, [3], (TRAIN_NOISE, 0, 0))
+    return torch.cat(seen[part])
 
 
 # ------------------------------------------------------------------------------------------- LoRA

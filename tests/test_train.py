@@ -325,6 +325,19 @@ def test_one_shot_fills_the_batch_with_one_problem(small, capsys, monkeypatch):
         train(replace(small, one_shot="add", out_dir=small.out_dir + "2"))
 
 
+def test_every_problem_is_used_once_before_any_comes_back(
+    small, tiny_random, tmp_path, monkeypatch
+):
+    """10 problems, 4 a step: steps 1 to 5 are two epochs, and the first step begins the first."""
+    with open(f"{tiny_random}/train.jsonl") as file:
+        (tmp_path / "ten.jsonl").write_text("".join(next(file) for _ in range(10)))
+    seen = []
+    monkeypatch.setattr(trainer, "describe", spy_rollouts(seen, trainer.describe))
+    train(replace(small, train_data=str(tmp_path / "ten.jsonl"), steps=5, group_size=2, lr=0.0))
+    order = [p.problem for r in seen for p in r.problem[::2]]
+    assert len(order) == 20 and len(set(order[:10])) == len(set(order[10:])) == 10
+
+
 def spy_rollouts(seen, function):
     return lambda r, *args: seen.append(r) or function(r, *args)
 
