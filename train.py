@@ -49,7 +49,7 @@ from data import (
     prepare,
     subset,
 )
-from engine import TRAIN_NOISE, Progress, decode, generate
+from engine import TRAIN_NOISE, Progress, decode, decode_raw, generate
 from eval import check_positions, choose_device, evaluate
 from lora import add_lora, reference, trainable
 from memory import LastStep, peak_memory, phase, rollout_weights, settle
@@ -113,6 +113,7 @@ def sample_rollouts(
         prompt_len=out.prompt_len,
         length=out.length,
         text=decode(tokenizer, out.tokens, out.prompt_len, out.length),
+        raw_text=decode_raw(tokenizer, out.tokens, out.prompt_len, out.length, out.finished),
         problem=[problem for problem, _ in chosen for _ in range(cfg.group_size)],
         finished=out.finished,
         group_size=cfg.group_size,
@@ -244,7 +245,7 @@ def train(cfg: Config) -> list[dict]:
     tokenizer = load_tokenizer(name)
     held_out = load_problems(tiny.resolve(cfg.eval_data), "test")  # all of it, whatever eval_n
     problems, dropped = training_problems(
-        cfg.train_data, held_out, reward_fn, cfg.one_shot, cfg.model
+        cfg.train_data, held_out, reward_fn, cfg.one_shot, cfg.model, cfg.keep_duplicates
     )
     items, too_long = prepare(problems, cfg.prompt, tokenizer, cfg.max_prompt_tokens)
     chosen = subset(held_out, cfg.eval_n)
