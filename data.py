@@ -40,6 +40,10 @@ PROMPTS: dict[str, tuple[str, str] | None] = {
 }
 
 
+# Columns that hold a problem as plain text, in the order in which they are looked up.
+PROBLEM_COLUMNS = ("problem", "question", "prompt")
+
+
 @dataclass
 class Problem:
     """One problem with a checkable answer."""
@@ -63,12 +67,15 @@ class Rollouts:
     tokens: torch.Tensor  # int64 [B, T], prompt + response, right-padded
     prompt_len: torch.Tensor  # int64 [B], tokens
     length: torch.Tensor  # int64 [B], response tokens, the first EOS included
-    text: list[str]  # the responses, decoded
+    text: list[str]  # the responses, decoded without special tokens
     problem: list[Problem]
     finished: torch.Tensor  # bool [B], an end token was sampled before the budget ran out
     group_size: int
     seed: int
     step: int
+    # the responses with their special tokens, such as a <think> that is one; the end token of a
+    # finished response and padding are left out, so that it differs from text by special tokens
+    raw_text: list[str] | None = None
     sampler_logp: torch.Tensor | None = None  # float32 [B, R], as the sampler saw it
     # filled by scoring, float32 [B, R]
     old_logp: torch.Tensor | None = None
@@ -92,9 +99,10 @@ class Rollouts:
             value = getattr(self, name)
             if value is not None and value.shape != shape:
                 raise ValueError(f"{name} is {tuple(value.shape)}, not {shape}")
-        for name in ("text", "problem"):
-            if len(getattr(self, name)) != rows:
-                raise ValueError(f"{name} has {len(getattr(self, name))} rows, not {rows}")
+        for name in ("text", "problem", "raw_text"):
+            value = getattr(self, name)
+            if value is not None and len(value) != rows:
+                raise ValueError(f"{name} has {len(value)} rows, not {rows}")
         if rows % self.group_size:
             raise ValueError(f"{rows} rows are not whole groups of {self.group_size}")
         if int((self.prompt_len + self.length).max()) > width:
@@ -126,21 +134,26 @@ class Rollouts:
 # ---- reading problems
 
 
-def load_problems(source: str, split: Literal["train", "test"]) -> list[Problem]:
+def load_problems(
+    source: str, split: Literal["train", "test"], keep_duplicates: bool = False
+) -> list[Problem]:
     """The problems of a .jsonl or .json file, of a folder with {split}.jsonl, of a name in HUB,
     or of a hub id (owner/name or owner/name:config; cached copies serve without a network).
 
-    A hub data set with a single split is read whatever `split` says. UserError where there is
-    nothing to read, or where a row has no problem or no answer (on the hub: left out, counted).
+    A problem that stands in several rows is taken once, from the first of them, unless
+    keep_duplicates; a line says how many are distinct. A hub data set with a single split is read
+    whatever `split` says. UserError where there is nothing to read, or where a row has no problem
+    or no answer (on the hub: left out, counted).
     """
     path = Path(source).expanduser()
     local = source not in HUB and path.exists()
-    problems, faults = [], []
+    problems, faults, chats = [], [], 0
     for i, (where, row) in enumerate(
         _file_rows(path, split) if local else _hub_rows(source, split)
     ):
         try:
             problems.append(_problem(row, f"{path.stem}/{i}"))
+            chats += not _first(row, *PROBLEM_COLUMNS)
         except ValueError as error:
             faults.append(f"{where}: {error}")
             if local:  # a user can mend a file of theirs
@@ -151,7 +164,35 @@ def load_problems(source: str, split: Literal["train", "test"]) -> list[Problem]
         )
     if faults:
         print(f"{source}: {len(faults)} rows left out, such as {faults[0]}", file=sys.stderr)
-    return problems
+    if chats:
+        print(
+            f"{source}: {chats} prompts are chat messages: the user turn is the problem, with any "
+            "instructions in it; a system turn is left out, as the prompt format has its own",
+            file=sys.stderr,
+        )
+    return _distinct(problems, source, keep_duplicates)
+
+
+def _distinct(problems: list[Problem], source: str, keep_duplicates: bool) -> list[Problem]:
+    """The first of each distinct problem, or all if asked; a line says how many are distinct."""
+    keys = [_key(problem) for problem in problems]
+    first: dict[str, Problem] = {}
+    for key, problem in zip(keys, problems, strict=True):
+        first.setdefault(key, problem)
+    if len(first) < len(problems):
+        differ = sum(p.answer != first[key].answer for key, p in zip(keys, problems, strict=True))
+        print(
+            f"{source}: {len(problems)} rows hold {len(first)} distinct problems: "
+            + ("all rows are used" if keep_duplicates else "each is used once, by its first row")
+            + (f"; {differ} rows give a repeated problem another answer" if differ else ""),
+            file=sys.stderr,
+        )
+    return problems if keep_duplicates else list(first.values())
+
+
+def _key(problem: Problem) -> str:
+    """What two rows with the same problem share: its text, but for case and white space."""
+    return " ".join(problem.problem.split()).casefold()
 
 
 def _file_rows(path: Path, split: str) -> Iterable[tuple[str, Any]]:
@@ -212,19 +253,26 @@ def _hub_rows(source: str, split: str) -> Iterable[tuple[str, Any]]:
 
 
 def _problem(row: Any, default_id: str) -> Problem:
-    """A row of any of the sources. ValueError where it lacks a problem or an answer."""
+    """A row of any of the sources. ValueError where it lacks a problem or an answer.
+
+    DAPO-Math-17k has chat messages as its prompt, and the answer in reward_model.ground_truth.
+    """
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
-    problem = _first(row, "problem", "question", "prompt")
+    problem = _first(row, *PROBLEM_COLUMNS) or _user_turn(row.get("prompt"))
     if not problem:
         raise ValueError("the row has no problem (nor question, nor prompt)")
     answer = _first(row, "answer", "final_answer").strip()
+    if not answer and isinstance(row.get("reward_model"), dict):
+        answer = _first(row["reward_model"], "ground_truth").strip()
     # beside an answer, a label is what a model says; alone, it is the answer
     label = _first(row, "label").strip()
     if not answer:
         answer, label = label, ""
     if "####" in answer:  # GSM8K: the working, then the answer
         answer = answer.rpartition("####")[2].strip().replace(",", "")
+    if "\\boxed" in answer:  # a sentence with a box: the box; with several, the last one
+        answer = last_box(answer)
     answer = answer or last_box(_first(row, "solution"))
     if not answer:
         raise ValueError("the row has no answer (nor a solution with a \\boxed one)")
@@ -236,6 +284,20 @@ def _problem(row: Any, default_id: str) -> Problem:
         level=_level(_first(row, "level")),
         label=label,
     )
+
+
+def _user_turn(prompt: Any) -> str:
+    """The text of the one user turn in chat messages, "" where it is no such list.
+
+    ValueError where there are several user turns, or turns of the assistant: the problem would
+    lose what was said before.
+    """
+    if not isinstance(prompt, list) or not all(isinstance(turn, dict) for turn in prompt):
+        return ""
+    turns = [turn for turn in prompt if turn.get("role") not in ("system", "developer")]
+    if [turn.get("role") for turn in turns] != ["user"]:
+        raise ValueError("its prompt is a list of messages with other turns than one of the user")
+    return _first(turns[0], "content")
 
 
 def _first(row: dict[str, Any], *keys: str) -> str:
@@ -329,8 +391,8 @@ def drop_overlap(train: list[Problem], held_out: list[Problem]) -> tuple[list[Pr
     Four problems of MATH-500 stand word for word in DeepScaleR (arXiv 2506.10947). UserError where
     none is left.
     """
-    seen = {" ".join(p.problem.split()).casefold() for p in held_out}
-    kept = [p for p in train if " ".join(p.problem.split()).casefold() not in seen]
+    seen = {_key(p) for p in held_out}
+    kept = [p for p in train if _key(p) not in seen]
     if not kept:
         raise UserError("train_data: every problem is in eval_data too: name another one of them")
     return kept, len(train) - len(kept)
@@ -342,20 +404,68 @@ def drop_overlap(train: list[Problem], held_out: list[Problem]) -> tuple[list[Pr
 def render(problem: str, prompt: str, tokenizer: Any) -> list[int]:
     """Token ids of the problem in the prompt format PROMPTS[prompt], ready for the response.
 
-    UserError for an unknown format, or a chat format on a tokenizer without a chat template.
+    UserError for an unknown format, and for a chat format that this tokenizer's template cannot
+    write: without a template, where it raises, or where it leaves out the system text or the
+    problem. The message names the formats that work.
     """
     if prompt not in PROMPTS:
         raise UserError(f"unknown prompt {prompt!r}: choose one of {', '.join(PROMPTS)}")
-    if (messages := PROMPTS[prompt]) is None:
-        return list(tokenizer(problem)["input_ids"])  # with the BOS of those that have one
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError(f"this tokenizer has no chat template: use prompt=none, not {prompt}")
-    system, user = messages
-    chat = [{"role": "system", "content": system}] if system else []
-    chat.append({"role": "user", "content": user.replace("{problem}", problem)})
-    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    if PROMPTS[prompt] is None:
+        return _raw(problem, tokenizer)
+    try:
+        text = _chat(problem, prompt, tokenizer)
+    except ValueError as error:
+        working = " or ".join(name for name in PROMPTS if _works(problem, name, tokenizer))
+        raise UserError(
+            f"prompt={prompt}: this tokenizer has {error}: use prompt={working}"
+        ) from None
     # the template has written the BOS, if any: a second one would be added here
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _raw(problem: str, tokenizer: Any) -> list[int]:
+    """The problem's own tokens behind the special tokens that a text begins with (such as BOS).
+
+    Those that a tokenizer puts at the end (such as EOS) would end the response before it began.
+    """
+    with_special = list(tokenizer(problem)["input_ids"])
+    own = list(tokenizer(problem, add_special_tokens=False)["input_ids"])
+    n = len(own)
+    starts = (i for i in range(len(with_special) - n + 1) if with_special[i : i + n] == own)
+    return with_special[: next(starts, 0)] + own
+
+
+def _chat(problem: str, prompt: str, tokenizer: Any) -> str:
+    """The problem in a chat format, as text. ValueError, to follow "it has", where it cannot be.
+
+    Templates are foreign code: transformers runs them in a sandbox, and they may raise anything.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("no chat template")
+    system, user = PROMPTS[prompt]
+    user = user.replace("{problem}", problem)
+    chat = [{"role": "system", "content": system}] if system else []
+    chat.append({"role": "user", "content": user})
+    try:
+        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"a chat template that fails ({reason})") from None
+    rest = text
+    for name, content in (("system text", system), ("problem", user)):
+        content = content.strip()  # as many templates do
+        if content not in rest:
+            raise ValueError(f"a chat template that leaves out or changes the {name}")
+        rest = rest.replace(content, "", 1)
+    return text
+
+
+def _works(problem: str, prompt: str, tokenizer: Any) -> bool:
+    """Whether the problem can be written in this format."""
+    try:
+        return PROMPTS[prompt] is None or bool(_chat(problem, prompt, tokenizer))
+    except ValueError:
+        return False
 
 
 def prepare(

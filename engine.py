@@ -190,3 +190,19 @@ def decode(
     """Response texts of tokens [B, T], without special tokens."""
     rows = zip(tokens.tolist(), prompt_len.tolist(), length.tolist(), strict=True)
     return tokenizer.batch_decode([row[p : p + n] for row, p, n in rows], skip_special_tokens=True)
+
+
+def decode_raw(
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: torch.Tensor,
+    prompt_len: torch.Tensor,
+    length: torch.Tensor,
+    finished: torch.Tensor,
+) -> list[str]:
+    """Response texts of tokens [B, T] with special tokens, but for the end token of a finished row.
+
+    finished bool [B]: the last of the row's length tokens is its end token. Padding is left out.
+    """
+    own = (length - finished.to(length.dtype)).tolist()
+    rows = zip(tokens.tolist(), prompt_len.tolist(), own, strict=True)
+    return tokenizer.batch_decode([row[p : p + n] for row, p, n in rows], skip_special_tokens=False)

@@ -25,9 +25,6 @@ HEAD_ROWS = 1024
 # Below so many parameters a second thread costs more than it brings on the CPU, most of all where
 # other work keeps the cores busy (12 times as long was seen for the tiny world).
 SMALL_MODEL = 2_000_000
-# Tokens that end a turn in the families we know. A base model behind its chat template may close
-# with either the document's or the turn's token, and its configuration names only one of them.
-END_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "</s>")
 
 
 # ---------------------------------------------------------------------------------------- loading
@@ -221,16 +218,43 @@ class _Float32Logits(torch.autograd.Function):
 
 
 def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a response: tokenizer's, generation config's, and known turn ends."""
-    ids: set[int] = set()
+    """Every token that ends a response: the tokenizer's, the generation config's, the model
+    config's, and those that the chat template puts behind a turn of the assistant.
+
+    A base model behind its chat template may close with either the document's or the turn's token,
+    and its configuration often names only one of them. UserError where there is none at all.
+    """
+    ids = set(turn_end_ids(tokenizer))
     for source in (tokenizer, getattr(model, "generation_config", None), model.config):
         eos = getattr(source, "eos_token_id", None)
         ids.update(eos if isinstance(eos, list | tuple) else [] if eos is None else [eos])
-    vocab = tokenizer.get_vocab()
-    ids.update(vocab[token] for token in END_TOKENS if token in vocab)
     if not ids:
         raise UserError("the tokenizer and the model name no end token: responses would never end")
     return sorted(ids)
+
+
+def turn_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that the chat template puts behind a turn of the assistant; [] without one.
+
+    Only tokens that were added to the vocabulary count, as plain text such as a line break stands
+    in responses, too. Where a template closes the turn only before another one, the first added
+    token behind it counts. A template that cannot write such a conversation has none.
+    """
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+    added |= set(tokenizer.all_special_ids)
+    answer = "(the answer)"
+    user = {"role": "user", "content": "1 + 1?"}
+    chat = [user, {"role": "assistant", "content": answer}]
+    for messages, most in ((chat, None), ([*chat, user], 1)):
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception:  # no template, or one that raises: foreign code, run in a sandbox
+            return []
+        _, found, behind = text.rpartition(answer)
+        ids = tokenizer(behind if found else "", add_special_tokens=False)["input_ids"]
+        if ends := [i for i in ids if i in added][:most]:
+            return ends
+    return []
 
 
 def checkpoint_activations(model: nn.Module) -> None:

@@ -12,6 +12,9 @@ It may take parameters, `asks(3)` or `asks(n=3)` in an expression. Fields that n
 (`label`, `self_certainty`, ...) are named in `needs`: training fills them, or says what is missing.
 No reward sees the model.
 
+`text` has no special tokens, whatever the reward. `raw_text` keeps them, such as a <think> that is
+one: name it in `needs`, since saved completions do not have it.
+
 SR = "Spurious Rewards", arXiv 2506.10947; INT = INTUITOR, arXiv 2505.19590. What a model says of a
 token is read from softmax(z / T) at the temperature T of sampling, over all rows of the head, from
 the logits one position earlier; the end token counts (model.token_stats).
@@ -96,7 +99,7 @@ def majority(rollouts, label: Literal["offline", "online"] = "offline") -> Tenso
 
 @reward(
     formula="1 if the last box is equivalent to the majority label and that label is wrong; "
-    "training keeps only the problems whose label is wrong",
+    "training keeps only the problems whose label is wrong, also by a lenient rule",
     source="SR",
     needs=("label",),
 )

@@ -116,7 +116,7 @@ def main(argv: list[str]) -> None:
     if cfg.question:
         problem = Problem(cfg.question, "", id="")
     else:
-        problems = load_problems(tiny.resolve(cfg.data), "test")
+        problems = load_problems(tiny.resolve(cfg.data), "test", keep_duplicates=True)
         if not 0 <= cfg.row < len(problems):
             raise UserError(f"row={cfg.row}: {cfg.data} has rows 0 to {len(problems) - 1}")
         problem = problems[cfg.row]

@@ -27,6 +27,7 @@ class Config:
     # Data
     train_data: str = "deepscaler"  # deepscaler, math_train, gsm8k, tiny, a file, folder or hub id
     eval_data: str = "math500"  # likewise; its problems are dropped from train_data
+    keep_duplicates: bool = False  # use every row of train_data; else each distinct problem once
     one_shot: str = ""  # train on one problem: its id, a piece of its text, or pi_1 (2504.20571)
     prompt: str = "qwen_math"  # prompt format: qwen_math, simplerl, none
     max_prompt_tokens: int = 1024  # longer prompts are dropped, and counted
@@ -141,6 +142,8 @@ def check(cfg: Config) -> list[str]:
     warnings = []
     if cfg.group_size == 1 and cfg.adv_norm != "raw":
         warnings.append("group_size=1: every advantage is 0, so the reward teaches nothing")
+    if cfg.keep_duplicates and cfg.one_shot:
+        warnings.append("keep_duplicates cannot act with one_shot, which trains on one problem")
     warnings += _idle_losses(cfg)
     if cfg.kl_coef == 0 and cfg.kl_type != Config.kl_type:
         warnings.append(f"kl_type={cfg.kl_type} cannot act with kl_coef=0")

@@ -46,7 +46,7 @@ from data import (
     prepare,
     subset,
 )
-from engine import TRAIN_NOISE, decode, generate
+from engine import TRAIN_NOISE, decode, decode_raw, generate
 from eval import evaluate
 from harness.checkpoint import RunFolder, StopOnCtrlC, save_rows
 from harness.configurator import configure, format_config
@@ -119,6 +119,7 @@ def sample_rollouts(
         prompt_len=out.prompt_len,
         length=out.length,
         text=decode(tokenizer, out.tokens, out.prompt_len, out.length),
+        raw_text=decode_raw(tokenizer, out.tokens, out.prompt_len, out.length, out.finished),
         problem=[problem for problem, _ in chosen for _ in range(cfg.group_size)],
         finished=out.finished,
         group_size=cfg.group_size,
@@ -250,7 +251,7 @@ def train(cfg: Config) -> list[dict]:
     tokenizer = load_tokenizer(name)
     held_out = load_problems(tiny.resolve(cfg.eval_data), "test")  # all of it, whatever eval_n
     problems, dropped = training_problems(
-        cfg.train_data, held_out, reward_fn, cfg.one_shot, cfg.model
+        cfg.train_data, held_out, reward_fn, cfg.one_shot, cfg.model, cfg.keep_duplicates
     )
     items, too_long = prepare(problems, cfg.prompt, tokenizer, cfg.max_prompt_tokens)
     chosen = subset(held_out, cfg.eval_n)

@@ -31,8 +31,8 @@ from lora import lora_layers, save_adapter, save_tensors, trainable
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "numpy", "math-verify", "tokenizers")
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of a parameter
 # What resuming cannot change: the saved tensors, or the meaning of what was logged, depend on it.
-FIXED = ("model", "quant", "lora_r", "lora_alpha", "train_data", "one_shot", "prompt", "optimizer",
-         "seed")  # fmt: skip
+FIXED = ("model", "quant", "lora_r", "lora_alpha", "train_data", "keep_duplicates", "one_shot",
+         "prompt", "optimizer", "seed")  # fmt: skip
 
 
 class RunFolder:

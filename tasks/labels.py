@@ -17,6 +17,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from transformers import PreTrainedTokenizerBase
 import grading
 from data import Problem
 from engine import LABEL_NOISE, decode, generate
+from grading.spelling import lenient_answer
 from harness.errors import UserError
 from harness.progress import Progress
 from model import end_token_ids
@@ -83,6 +85,38 @@ def label_rows(
         for row, right in zip(rows, (grader or grading.grader()).grade(labels, golds), strict=True):
             row[f"{by}_correct"] = bool(right)
     return rows
+
+
+def label_is_right(
+    labels: list[str], golds: list[str], grader: grading.Grader | None = None
+) -> tuple[list[bool], list[bool]]:
+    """Which labels are right: by the strict rule of every reward, and by a lenient rule as well.
+
+    The strict rule refuses what it cannot read, so some labels that it calls wrong are right. The
+    lenient rule accepts whatever the strict one does. It also accepts a label that equals the gold
+    answer but for case and spaces, and one that the strict rule accepts after label, gold answer or
+    both were read as prose, if they have words: the last box, what follows "answer is", or the last
+    number (spelling.lenient_answer). A label that it refuses is wrong; not every one that it
+    accepts is right.
+    """
+    grader = grader or grading.grader()
+    read, read_golds = [_prose(label) for label in labels], [_prose(gold) for gold in golds]
+    strict = grader.grade(labels, golds)
+    verdicts = [strict, [_squeeze(a) == _squeeze(b) for a, b in zip(labels, golds, strict=True)]]
+    for pairs in ((read, golds), (labels, read_golds), (read, read_golds)):
+        verdicts.append(grader.grade(*pairs))
+    return strict, [any(row) for row in zip(*verdicts, strict=True)]
+
+
+def _prose(text: str) -> str:
+    """The answer in a text that has words (letters in a row that are no LaTeX command)."""
+    has_words = re.search(r"(?<![\\A-Za-z])[A-Za-z]{2,}", text)
+    return (lenient_answer(text) or text) if has_words else text
+
+
+def _squeeze(text: str) -> str:
+    """The text without case, spaces, dollar signs and a full stop at its end."""
+    return re.sub(r"\\[ ,;:!]|[\s$]", "", text).rstrip(".").casefold()
 
 
 def label(
@@ -243,9 +277,10 @@ def summarize(rows: list[dict], by: LabelBy, too_long: int = 0) -> dict:
     """Figures of the rows of label_rows, shares over the problems that have a label.
 
     accuracy: share of right labels, stderr its standard error; wrong: number of wrong ones, on
-    which the incorrect reward trains; majority_share: mean share of a problem's samples that gave
-    the label, answered_share: that gave any answer; differ: problems on which the two ways of
-    counting disagree, with the accuracy of each.
+    which the incorrect reward trains; doubtful: labels that only a lenient rule accepts, on which
+    it does not (label_is_right); majority_share: mean share of a problem's samples that gave the
+    label, answered_share: that gave any answer; differ: problems on which the two ways of counting
+    disagree, with the accuracy of each.
     """
     labelled = [row for row in rows if row["answered"]]
     mean = {
@@ -254,10 +289,14 @@ def summarize(rows: list[dict], by: LabelBy, too_long: int = 0) -> dict:
     }
     accuracy, n = mean[f"{by}_correct"], len(labelled)
     shares = [row[f"{by}_size"] / row["samples"] for row in labelled]
+    refused = [row for row in labelled if not row[f"{by}_correct"]]
+    by_rule = label_is_right([r[f"{by}_label"] for r in refused], [r["answer"] for r in refused])
+    doubtful = sum(by_rule[1])
     return {
         "accuracy": accuracy,
         "stderr": (accuracy * (1 - accuracy) / (n - 1)) ** 0.5 if n > 1 else None,
-        "wrong": sum(not row[f"{by}_correct"] for row in labelled),
+        "wrong": len(refused) - doubtful,
+        "doubtful": doubtful,
         "majority_share": float(np.mean(shares)),
         "answered_share": float(np.mean([row["answered"] / row["samples"] for row in rows])),
         "label_by": by,
@@ -277,7 +316,8 @@ def report(summary: dict, path: Path) -> None:
     s, stderr = summary, summary["stderr"]
     print(f"label accuracy  {100 * s['accuracy']:5.1f}%"
           + (f" +- {100 * stderr:.1f} (standard error)" if stderr is not None else ""))  # fmt: skip
-    print(f"wrong labels    {s['wrong']} (the incorrect reward trains on these)")
+    print(f"wrong labels    {s['wrong']} (the incorrect reward trains on these; not on "
+          f"{s['doubtful']} that a lenient rule accepts)")  # fmt: skip
     print(f"majority share  {100 * s['majority_share']:5.1f}% of a problem's samples")
     print(f"answered        {100 * s['answered_share']:5.1f}% of all samples")
     print(f"by equivalence  {100 * s['equivalence_accuracy']:5.1f}% right")

@@ -1,10 +1,10 @@
 """Which problems a run trains on: held-out ones dropped, labels where needed, one-shot."""
 
-import grading
 from data import Problem, drop_overlap, load_problems
 from harness.errors import UserError
 from harness.expressions import Reward
 from tasks import tiny
+from tasks.labels import label_is_right
 
 # The training problem of "one-shot RLVR" (pi_1 of Wang et al., arXiv 2504.20571), in our own words.
 # P = k A V^3 gives V = 2048^(1/3) = 12.699; the paper trains on the label 12.8, and so do we.
@@ -38,18 +38,25 @@ def pick_one(problems: list[Problem], which: str) -> Problem:
 
 
 def training_problems(
-    source: str, held_out: list[Problem], reward: Reward, one_shot: str = "", model: str = ""
+    source: str,
+    held_out: list[Problem],
+    reward: Reward,
+    one_shot: str = "",
+    model: str = "",
+    keep_duplicates: bool = False,
 ) -> tuple[list[Problem], str]:
     """The problems of a data set to train on, and a line on what was left out of them.
 
-    Left out: those of the eval set; where the reward compares with majority labels, those without
-    one (`incorrect`: those whose label is right); where one_shot names a problem, all others.
-    Raises UserError where nothing is left; model is the one whose labels the message asks for.
+    Left out: duplicates, unless keep_duplicates (load_problems says how many); those of the eval
+    set; where the reward compares with majority labels, those without one; for `incorrect`, those
+    whose label is right or may be right (labels.label_is_right); where one_shot names a problem,
+    all others. Raises UserError where nothing is left; model is the one whose labels the message
+    asks for.
     """
     in_tiny_world, labels = tiny.is_tiny(source), "label" in reward.needs
     if labels and in_tiny_world and not source.endswith("_labels"):
         source += "_labels"  # the tiny world makes its own
-    problems = load_problems(tiny.resolve(source), "train")
+    problems = load_problems(tiny.resolve(source), "train", keep_duplicates and not one_shot)
     problems, overlap = drop_overlap(problems, held_out)
     dropped = [f"{overlap} in the eval set"]
     if labels:
@@ -63,11 +70,16 @@ def training_problems(
         dropped.append(f"{len(problems) - len(labelled)} without a label")
         problems = labelled
     if "incorrect" in reward.names:
-        right = grading.grader().grade([p.label for p in problems], [p.answer for p in problems])
-        problems = [p for p, r in zip(problems, right, strict=True) if not r]
+        golds = [p.answer for p in problems]
+        strict, lenient = label_is_right([p.label for p in problems], golds)
+        problems = [p for p, right in zip(problems, lenient, strict=True) if not right]
+        doubtful = sum(lenient) - sum(strict)
+        counts = f"{sum(strict)} with a right label, {doubtful} right by a lenient rule only"
         if not problems:
-            raise UserError(f"reward={reward}: every label in train_data={source} is right")
-        dropped.append(f"{sum(right)} with a right label")
+            raise UserError(
+                f"reward={reward}: every label in train_data={source} is right, or may be: {counts}"
+            )
+        dropped.append(counts)
     if one_shot:
         if one_shot == "pi_1" and in_tiny_world:
             one_shot = problems[0].id  # the tiny world cannot read of sails

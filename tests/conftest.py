@@ -62,6 +62,25 @@ def tiny_random(tmp_path_factory):
     return str(folder)
 
 
+def made_up(chat_template: str | None, *special: str):
+    """A tokenizer of one token a character, with special tokens and a chat template or None."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ("<s>", "</s>", "<t>", *special)
+    characters = [chr(i) for i in (10, *range(32, 127))]
+    vocab = {token: i for i, token in enumerate((*special, *characters))}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(list(special))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", clean_up_tokenization_spaces=False
+    )
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
 def batch(generator_seed: int, n: int = 5, prompt: int = 9, response: int = 14, vocab: int = 97):
     """A right-padded batch of random tokens: tokens [n, T], prompt_len [n], length [n]."""
     g = torch.Generator().manual_seed(generator_seed)

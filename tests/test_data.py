@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import made_up
+from tokenizers import processors
 
 import data
 from data import (
+    PROMPTS,
     Problem,
     Rollouts,
     batch_indices,
@@ -24,6 +27,7 @@ from data import (
     subset,
 )
 from harness.errors import UserError
+from model import turn_end_ids
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -77,6 +81,59 @@ def test_a_folder_holds_a_file_for_each_split(tmp_path):
     (tmp_path / "test.json").unlink()
     message = refused(load_problems, str(tmp_path), "test")
     assert str(tmp_path) in message and "test.jsonl" in message
+
+
+def test_chat_messages_are_read_by_their_user_turn(tmp_path, capsys):
+    """The row of DAPO-Math-17k, as published: messages, and the answer in reward_model."""
+    dapo = {
+        "data_source": "math_dapo",
+        "prompt": [{"role": "user", "content": "Solve.\n\nWhat is 2 + 3?"}],
+        "reward_model": {"ground_truth": "5", "style": "rule"},
+        "extra_info": {"index": "b426"},
+    }
+    system = {"role": "system", "content": "Think."}
+    with_system = {"prompt": [system, {"role": "user", "content": "q"}], "answer": 7}
+    file = write(tmp_path / "f.jsonl", dapo, with_system, {"prompt": "plain", "answer": "1"})
+    assert load_problems(file, "train") == [
+        Problem("Solve.\n\nWhat is 2 + 3?", "5", "f/0"),
+        Problem("q", "7", "f/1"),
+        Problem("plain", "1", "f/2"),
+    ]
+    assert "2 prompts" in capsys.readouterr().err
+    user, assistant = dapo["prompt"][0], {"role": "assistant", "content": "4"}
+    for messages in ([user, assistant, user], [user, user], [system], [], [{"content": "q"}]):
+        bad = write(tmp_path / "bad.jsonl", {"prompt": messages, "answer": "1"})
+        assert refused(load_problems, bad, "train").startswith(f"{bad}:1: ")
+
+
+def test_a_gold_answer_with_a_box_is_the_box(tmp_path):
+    golds = {
+        r"The answer is \boxed{5}": "5",
+        r"$\boxed{\frac{1}{2}}$.": r"\frac{1}{2}",
+        r"so \boxed{1} or rather \boxed{2}": "2",
+        r"6 - 1 #### \boxed{5}": "5",
+        "The answer is 5": "The answer is 5",
+    }
+    for column in ("answer", "final_answer", "label"):
+        rows = [{"problem": f"p{i}", column: gold} for i, gold in enumerate(golds)]
+        problems = load_problems(write(tmp_path / "f.jsonl", *rows), "train")
+        assert [p.answer for p in problems] == list(golds.values())
+    cut = write(tmp_path / "f.jsonl", {"problem": "p", "answer": r"It is \boxed{5"})
+    assert "no answer" in refused(load_problems, cut, "train")
+
+
+def test_each_distinct_problem_is_used_once_unless_asked(tmp_path, capsys):
+    rows = [{"problem": f"problem {i % 3}", "answer": str(i % 3)} for i in range(300)]
+    rows += [{"problem": " Problem  1\n", "answer": "another"}, {"problem": "q", "answer": "1"}]
+    file = write(tmp_path / "f.jsonl", *rows)
+    assert [p.id for p in load_problems(file, "train")] == ["f/0", "f/1", "f/2", "f/301"]
+    told = capsys.readouterr().err
+    assert file in told and "302 rows" in told and "4 distinct" in told and "1 rows give" in told
+    assert len(load_problems(file, "train", keep_duplicates=True)) == 302
+    told = capsys.readouterr().err
+    assert "302 rows" in told and "4 distinct" in told
+    load_problems(write(tmp_path / "g.jsonl", *rows[:3]), "train")
+    assert capsys.readouterr().err == ""
 
 
 def test_faulty_rows_are_named_by_file_and_line(tmp_path):
@@ -269,10 +326,84 @@ def test_bos_is_there_once(qwen):
     assert ids[0] == llama.bos_token_id and ids.count(llama.bos_token_id) == 1
 
 
+ROLES = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
+NO_SYSTEM_TURN = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+RAISES = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not\nsupported') }}"
+    "{% endif %}{{ messages[0].content }}<|assistant|>"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "working"),
+    [
+        (ROLES, {"qwen_math", "simplerl", "math_problem", "none"}),
+        (NO_SYSTEM_TURN, {"simplerl", "none"}),
+        (RAISES, {"simplerl", "none"}),
+        ("{{ messages[-1].content | upper }}", {"none"}),
+        ("{{ messages[0].content }}", {"simplerl", "none"}),  # with a system turn, nothing else
+        ("{{ messages.nonsense.more }}", {"none"}),
+        ("{% for %}", {"none"}),
+        ("{{ 1 + 'a' }}", {"none"}),
+        (None, {"none"}),
+    ],
+)
+def test_a_prompt_holds_problem_and_system_text_or_is_refused(template, working):
+    tokenizer = made_up(template)
+    # A problem that quotes the instruction does not stand in for it.
+    for problem in ("What is $1+1$?\n", f"  Say: {data.BOXED}"):
+        for name, messages in PROMPTS.items():
+            if name in working:
+                text = tokenizer.decode(render(problem, name, tokenizer))
+                system, user = messages or ("", "{problem}")
+                assert user.replace("{problem}", problem).strip() in text
+                assert text.count(data.BOXED) == (problem + system + user).count(data.BOXED)
+                assert system in text
+                continue
+            message = refused(render, problem, name, tokenizer)
+            assert f"prompt={name}" in message
+            named = message.rpartition("prompt=")[2].split(" or ")
+            assert set(named) == working
+
+
+def test_a_template_cannot_run_code(tmp_path):
+    """transformers renders templates in jinja's sandbox: what leaves it is refused in one line."""
+    trace = tmp_path / "trace"
+    attack = f"open('{trace}', 'w').close()"
+    for template in (
+        f"{{{{ cycler.__init__.__globals__.os.system('touch {trace}') }}}}",
+        f"{{{{ cycler.__init__.__globals__['__builtins__']['exec'](\"{attack}\") }}}}",
+        "{% for c in ().__class__.__base__.__subclasses__() %}{{ c }}{% endfor %}",
+        f'{{{{ raise_exception.__globals__.__builtins__.exec("{attack}") }}}}',
+        f"{{{{ ''|attr('__class__')|attr('__mro__') }}}}{{{{ exec(\"{attack}\") }}}}",
+    ):
+        tokenizer = made_up(template)
+        assert "none" in refused(render, "p", "qwen_math", tokenizer)
+        assert turn_end_ids(tokenizer) == []
+    assert not trace.exists()
+
+
+def test_a_raw_prompt_has_leading_special_tokens_only():
+    for template, before in [
+        ("<s> $A </s>", ["<s>"]),
+        ("$A </s>", []),
+        ("<s> <t> $A", ["<s>", "<t>"]),
+    ]:
+        tokenizer = made_up(None)
+        tokens = [(t, tokenizer.convert_tokens_to_ids(t)) for t in ("<s>", "</s>", "<t>")]
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=tokens
+        )
+        for problem in ("1+1?", "a </s>", "<s>b"):  # what the problem itself holds stays
+            own = tokenizer(problem, add_special_tokens=False)["input_ids"]
+            ids = render(problem, "none", tokenizer)
+            assert ids == tokenizer.convert_tokens_to_ids(before) + own
+
+
 class Letters:
     """One token a character, no template."""
 
-    def __call__(self, text):
+    def __call__(self, text, add_special_tokens=True):
         return {"input_ids": [ord(c) for c in text]}
 
 
@@ -328,6 +459,7 @@ def test_rollouts_of_the_wrong_shape_are_refused():
         {"length": torch.ones(3, dtype=torch.int64)},
         {"finished": torch.ones(4, 1, dtype=torch.bool)},
         {"text": list("abc")},
+        {"raw_text": list("abc")},
         {"group_size": 3},
     ):
         with pytest.raises(ValueError):

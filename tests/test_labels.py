@@ -7,9 +7,11 @@ import pytest
 
 import eval as evaluation
 import grading
+import rewards
 from data import Problem, load_problems
 from harness.errors import UserError
 from tasks import labels
+from tasks.problems import training_problems
 
 P = Problem("p", "1/2", id="a", subject="s", level="3")
 
@@ -87,6 +89,45 @@ def test_figures_by_hand():
     by_string = labels.summarize(rows, "string")
     assert by_string["accuracy"] == s["string_accuracy"] and by_string["wrong"] == 1
     assert labels.summarize(rows[:1], "string")["stderr"] is None
+
+
+def test_a_label_is_wrong_only_if_a_lenient_rule_says_so_too():
+    """What the strict rule cannot read is no wrong label."""
+    right = [("1/2", "0.5"), ("7", "7")]
+    doubtful = [
+        ("5", "The answer is 5"),  # a gold answer in a sentence
+        ("there are 5 of them", "5"),
+        ("The answer is $\\frac{1}{2}$.", "\\frac12"),
+        ("it is \\boxed{3}", "the box: \\boxed{3}"),
+        ("5 furlongs a fortnight", "5 knots or so"),
+    ]
+    wrong = [("6", "5"), ("1/2", "2"), ("\\frac{3}{2}", "2"), ("\\sqrt{2}", "2")]
+    wrong += [("(1,2)", "(2,1)"), ("6 apples", "5 apples"), ("x+1", "x-1")]
+    pairs = [*right, *doubtful, *wrong]
+    strict, lenient = labels.label_is_right(*map(list, zip(*pairs, strict=True)))
+    assert strict == [True] * len(right) + [False] * (len(doubtful) + len(wrong))
+    assert lenient == [True] * (len(right) + len(doubtful)) + [False] * len(wrong)
+
+
+def test_incorrect_trains_on_no_doubtful_label_and_counts_them(tmp_path):
+    rows = [("7", "7"), ("5", "it is 5, I believe"), ("6", "5"), ("8", "5")]
+    lines = [
+        {"problem": f"p{i}", "label": label, "answer": gold} for i, (label, gold) in enumerate(rows)
+    ]
+    path = tmp_path / "l.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    reward = rewards.parse("incorrect")
+    kept, dropped = training_problems(str(path), [], reward)
+    assert [p.problem for p in kept] == ["p2", "p3"]
+    assert "1 with a right label" in dropped and "1 right by a lenient rule" in dropped
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines[:2]))
+    with pytest.raises(UserError, match="l.jsonl"):
+        training_problems(str(path), [], reward)
+    row = {"answered": 4, "samples": 4, "answer": "it is 5", "differ": False}
+    for by in ("equivalence", "string"):
+        row |= {f"{by}_label": "5", f"{by}_size": 3, f"{by}_correct": False}
+    summary = labels.summarize([row, {**row, "answer": "6"}], "equivalence")
+    assert (summary["wrong"], summary["doubtful"]) == (1, 1)
 
 
 # --------------------------------------------------------------------------------------- the file

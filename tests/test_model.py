@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from conftest import batch
+from conftest import batch, made_up
 from scipy.stats import entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import grpo
 import model as model_module
@@ -28,6 +28,7 @@ from model import (
     load_tokenizer,
     logits,
     token_stats,
+    turn_end_ids,
 )
 
 FAMILIES = ("qwen2", "llama", "olmo2")
@@ -384,6 +385,58 @@ def test_nf4_is_close_to_the_plain_model_and_quantises_all_but_the_head(model_fo
 
 
 # ------------------------------------------------------------------------------------ end tokens
+
+
+def turns(turn: str) -> str:
+    """A chat template that writes every message like this."""
+    return "{% for m in messages %}" + turn + "{% endfor %}"
+
+
+CHATML = turns("<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n")
+
+
+@pytest.mark.parametrize(
+    ("template", "ends"),
+    [
+        (CHATML, ["<|im_end|>"]),
+        (turns("<|head|>{{ m.role }}\n{{ m.content | trim }}<end_of_turn>\n"), ["<end_of_turn>"]),
+        (turns("<|head|>{{ m.role }}\n\n{{ m.content }}<|eot_id|>"), ["<|eot_id|>"]),
+        (turns("{{ m.content }}<|eot_id|> <|stop|>\n"), ["<|eot_id|>", "<|stop|>"]),
+        # closed only before another turn: not by the token that opens that one
+        (turns("{{ m.content }}{% if not loop.last %}<|stop|><|head|>{% endif %}"), ["<|stop|>"]),
+        (turns("{{ m.role }}: {{ m.content }}\n"), []),
+        ("{{ raise_exception('only one turn') }}", []),
+        (None, []),
+    ],
+)
+def test_a_response_ends_at_what_the_template_puts_behind_a_turn(model_folders, template, ends):
+    names = ("<|im_start|>", "<|im_end|>", "<|head|>", "<end_of_turn>", "<|eot_id|>", "<|stop|>")
+    tokenizer = made_up(template, *names)
+    tokenizer.eos_token = "</s>"
+    assert turn_end_ids(tokenizer) == tokenizer.convert_tokens_to_ids(ends)
+    model = load_model(model_folders["llama"])  # whose own end token is 3
+    model.generation_config.eos_token_id = [3, 90]
+    expected = {3, 90, *tokenizer.convert_tokens_to_ids([*ends, "</s>"])}
+    assert set(end_token_ids(model, tokenizer)) == expected
+
+
+def test_turn_ends_of_real_tokenizers(shared, model_folders):
+    qwen = AutoTokenizer.from_pretrained(shared / "tokenizers" / "qwen2.5")
+    assert qwen.convert_ids_to_tokens(turn_end_ids(qwen)) == ["<|im_end|>"]
+    olmo = PreTrainedTokenizerFast(
+        tokenizer_file=str(shared / "tokenizers" / "olmo2" / "tokenizer.json")
+    )
+    assert turn_end_ids(olmo) == []  # no chat template
+    assert end_token_ids(load_model(model_folders["olmo2"]), olmo) == [3]  # the model's own
+    olmo.chat_template = CHATML
+    assert olmo.convert_ids_to_tokens(turn_end_ids(olmo)) == ["<|im_end|>"]
+
+
+def test_no_end_token_at_all_is_refused(model_folders):
+    model = load_model(model_folders["llama"])
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    with pytest.raises(UserError, match="end token"):
+        end_token_ids(model, made_up(None))
 
 
 def test_qwen_ends_at_both_tokens(shared, model_folders):
