@@ -82,6 +82,7 @@ _REWRITES = [
         (r"(?<=\d)(?:\{,\}|\s*,\s*\\!|\\,|\\ )\s*(?=\d{3}(?!\d))", ""),  # thousands
         (r"(?<!\\)\\!", ""),
         (r"(?<!\\)\\[,;:> ]|\\q?quad(?![A-Za-z])|~|\s+", " "),
+        (r"  +", " "),  # one at most, so that no pattern below runs along spaces
         (r"\\%", "%"),
         (r"<=|\\leq(?:slant)?(?![A-Za-z])", r"\\le "),
         (r">=|\\geq(?:slant)?(?![A-Za-z])", r"\\ge "),

@@ -15,9 +15,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+import answers
 import grade
 import symbolic
 from grade import Grader, is_equiv, last_boxed, lenient_answer, normalize
+from tools import fuzz_grader
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -226,6 +228,29 @@ def test_refuses_hostile_answers_before_sympy_sees_them(answer):
     assert not is_equiv(answer, "x+1")
     assert is_equiv(answer, answer)
     assert time.process_time() - started < 2
+
+
+CHAIN = (
+    r"\overrightarrow{AB}\cdot\overrightarrow{CD}\cdot\overrightarrow{EF}\cdot\overrightarrow{GH}"
+)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [CHAIN + r"\cdot\overrightarrow{IJ}+1=3", "9^{9999}/7^{9999}," * 27 + "1", "1," * 249 + "1"],
+)
+def test_hard_answers_do_not_hold_the_caller(answer, grader):
+    """Whatever takes time does so in a worker, which can be killed; the caller waits for it."""
+    started = time.thread_time()
+    answers.quick_verdict(answer, "3")
+    assert time.thread_time() - started < 0.05
+    assert grader.grade([answer, "x+1"], ["3", "1+x"]) == [False, True]
+
+
+def test_no_answer_holds_the_caller():
+    """20 ms at most, when this was written; any backtracking takes seconds."""
+    seconds, pair = fuzz_grader.longest(400, seed=1)
+    assert seconds < 0.05, pair
 
 
 def test_normalize_keeps_digits_apart():
@@ -618,9 +643,9 @@ def test_grades_off_the_main_thread(grader):
 
 def test_repeated_and_plain_rows_need_no_worker():
     with Grader(workers=1) as grader:
-        answers = ["42.0", None, "1/2", r"\text{east}", "(1,2)"]
-        golds = ["42", "42", "0.5", "west", "(1, 3)"]
-        assert grader.grade(answers, golds) == [True, False, True, False, False]
+        answers = ["42.0", None, r"\frac12", r"\text{east}", "(1,2)", "$7$"]
+        golds = ["42", "42", "0.5", r"\mbox{east}", "(1, 2)", "8"]
+        assert grader.grade(answers, golds) == [True, False, True, True, True, False]
         assert workers_of(grader) == []
 
 
