@@ -17,14 +17,16 @@ from fractions import Fraction
 from itertools import accumulate
 
 import symbolic
+import words
+from guards import MAX_EXPONENT, readable
 from spelling import normalize, spell
 
 MAX_CHARS = 500  # a longer answer is right only if it is the gold string itself
-MAX_EXPONENT = 9999  # beyond it sympy may build numbers that never end
 
 # ---------------------------------------------------------------------------- taking answers apart
 
 Decide = Callable[[str, str], bool | None]
+LISTED = (",", ";", r"\and", r"\or")
 _OPEN, _CLOSE = ("(", "[", r"\{", "{"), (")", "]", r"\}", "}")
 
 
@@ -36,13 +38,15 @@ def _split(text: str, separators: tuple[str, ...]) -> list[str]:
     """Parts of `text` between separators that stand outside all brackets."""
     if not any(separator in text for separator in separators):
         return [text.strip()]
-    parts, depth = [""], 0
+    parts, depth, last = [""], 0, ""
     for token in _tokens(text):
         depth += (token in _OPEN) - (token in _CLOSE)
         if token in separators and depth == 0:
-            parts.append("")
+            if not (token in (r"\and", r"\or") and last == ","):  # "2, and 4" has one separator
+                parts.append("")
         else:
             parts[-1] += token
+        last = token if token.strip() else last
     return [part.strip() for part in parts]
 
 
@@ -52,6 +56,7 @@ def _shape(text: str) -> tuple[str, list[str]]:
     A set and a list are one kind, compared without order; a lone expression is a list of one.
     """
     text = re.sub(r"^[A-Za-z]\\in(?![A-Za-z])\s*", "", text)
+    text = re.sub(r"^\]([^\[\]]*[\[\]])$", r"(\1", re.sub(r"^([\[\](][^\[\]]*)\[$", r"\1)", text))
     if len(parts := _split(text, (r"\cup",))) > 1:
         return "union", parts
     matrix = re.fullmatch(r"[(\[]?\\begin\{pmatrix\}(.*)\\end\{pmatrix\}[)\]]?", text)
@@ -61,12 +66,12 @@ def _shape(text: str) -> tuple[str, list[str]]:
     tokens = _tokens(text) if text.startswith(_OPEN) else []
     depths = list(accumulate((t in _OPEN) - (t in _CLOSE) for t in tokens))
     if len(tokens) > 2 and depths[-1] == 0 and min(depths[:-1]) > 0:  # one bracket around it all
-        brackets, inside = tokens[0] + tokens[-1], _split("".join(tokens[1:-1]), (",", ";"))
+        brackets, inside = tokens[0] + tokens[-1], _split("".join(tokens[1:-1]), LISTED)
         if brackets == r"\{\}":
             return "list", _with_both_signs(inside)
         if len(inside) > 1:
             return brackets, inside
-    return "list", _with_both_signs(_split(text, (",", ";")))
+    return "list", _with_both_signs(_split(text, LISTED))
 
 
 def _with_both_signs(parts: list[str]) -> list[str]:
@@ -88,21 +93,6 @@ _BASE = r"([0-9A-F]*\d[0-9A-F]*)(?:_\{(\d+)\})?"
 _POWER = rf"({_NUMBER})(?:\^\{{(-?\d+)\}})?"
 _NAME = re.compile(
     r"(?=.*[A-Za-z])(?>\\[A-Za-z]++|[A-Za-z'{} ]|_\{[^{}]*+\}|\|[^|]*+\||\([^()]*+\))++"
-)
-# Words that are units without \text around them, in the singular.
-_PLAIN = (
-    "(?:(?:square|cubic|sq\\.?) )?(?:[ckm]m|f(?:oo|ee)?t|in(?:che?)?|yard|mile|unit|met(?:er|re)|"
-    "(?:centi|kilo)met(?:er|re))|[km]g|m[il]|mph|pound|second|minute|hour|day|week|month|year|cent|"
-    "dollar|degree|percent"
-)
-_UNIT = re.compile(
-    rf"(.*[^ ,;=+*/^-]) ?(?:\\text\{{([A-Za-z /.]+)\}}|(?<=[\d)}}])({_PLAIN})s?)(\^\{{[23]\}})?"
-)
-# Words after a number that change it instead of naming what it counts.
-_NOT_UNITS = re.compile(
-    r"(?i)\b(?:hundred|thousand|[mbtr]+illion|dozen|score|hal(?:f|ve)|third|quarter|base|mod|pi|is|if|"
-    r"(?:fif|six|seven|eigh|nin|ten|hundred|thousand)th|plus|minus|times|over|squared|cubed|below|"
-    r"factorial|not|negative)s?\b"
 )
 
 
@@ -135,19 +125,33 @@ def _product(text: str) -> Fraction | None:
     return value
 
 
-def _unit(text: str) -> tuple[str, str]:
-    """(value, unit): degrees, percent, dollars, or a word that names what is counted."""
+def _unit(text: str) -> tuple[str, object]:
+    """(value, unit): what stands behind a number or before it; a string where it is not known."""
     if text.endswith("%"):
-        return text[:-1], "percent"
-    if text.endswith(r"^\circ"):
-        return text.removesuffix(r"^\circ"), "degree"
-    if text.lstrip("-").startswith(r"\$"):
-        return text.replace(r"\$", "", 1), "dollar"
-    match = _UNIT.fullmatch(text)
-    if not match or _NOT_UNITS.search(match[2] or ""):
+        return text[:-1], (("pct", 1),)
+    if degrees := re.fullmatch(r"([^^]*)\^\\circ ?(?:([CF])|\\text\{([CF])\})?", text):
+        return degrees[1], ((degrees[2] or degrees[3] or "deg", 1),)
+    if minutes := re.fullmatch(r"([\d.]+)('{1,2})", text):
+        return minutes[1], minutes[2]
+    if text.lstrip("-").startswith((r"\$", "€", "£")):
+        sign = text.lstrip("-")[0]
+        name = {"\\": "USD", "€": "EUR", "£": "GBP"}[sign]
+        return text.replace(r"\$" if sign == "\\" else sign, "", 1), ((name, 1),)
+    start = text.find(r"\text{")
+    bare = start < 0
+    if bare:
+        tail = re.search(r"[\d)}]([A-Za-z][A-Za-z. ]+(?:\^\{[23]\})?)$", text)
+        start = tail.start(1) if tail else -1
+    value, behind = text[:start].rstrip(), text[start:]
+    if start <= 0 or value.endswith(("+", "-", "=", "*", "/", "^", ",", r"\cdot", r"\times")):
         return text, ""
-    unit = re.sub(r"[ .]", "", match[2] or match[3]).lower().removesuffix("s")
-    return match[1], unit + (match[4] or "")
+    ordinal = re.match(r"\\text\{(?:st|nd|rd|th)\}", behind) if value.isdigit() else None
+    behind = behind[ordinal.end() :] if ordinal else behind
+    if ordinal and not behind:
+        return value, ""
+    named = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", behind.replace(".", " "))
+    known = words.unit(named, bare, bool(ordinal) or value == "1")
+    return (value, known) if known else (text, "") if bare else (value, named.strip())
 
 
 def _all(verdicts: Iterator[bool | None]) -> bool | None:
@@ -182,7 +186,7 @@ def _compare(answer: str, gold: str, decide: Decide) -> bool | None:
 
 def _equation(text: str) -> list[str]:
     """The sides of an equation or of a chain of them; one side where there is none."""
-    return [text] if len(_split(text, (",", ";"))) > 1 else _split(text, ("=",))
+    return [text] if len(_split(text, LISTED)) > 1 else _split(text, ("=",))
 
 
 def _compare_equations(sides: list[str], gold_sides: list[str], decide: Decide) -> bool | None:
@@ -203,42 +207,69 @@ def _compare_scalars(answer: str, gold: str, decide: Decide) -> bool | None:
     """Single expressions: units, words and number bases here, plain numbers as fractions."""
     answer = re.split(r" ?\\approx(?![A-Za-z])", answer)[0]
     (value, unit), (gold_value, gold_unit) = _unit(answer), _unit(gold)
-    if unit and gold_unit and unit != gold_unit:
+    if unit != gold_unit and (isinstance(unit or gold_unit, str) or (unit and gold_unit)):
         return False
+    percent, gold_percent = (u == (("pct", 1),) for u in (unit, gold_unit))
     exact, gold_exact = _fraction(value), _fraction(gold_value)
     if exact is not None and gold_exact is not None:
-        percent = "percent" in (unit, gold_unit) and unit != gold_unit
-        if percent and exact * (100 if gold_unit else 1) == gold_exact * (100 if unit else 1):
+        if percent != gold_percent and exact * (100 if gold_percent else 1) == gold_exact * (
+            100 if percent else 1
+        ):
             return True  # 50% is 0.5; it is also 50, where a percentage was asked for
         return exact == gold_exact
-    if "percent" in (unit, gold_unit) and unit != gold_unit:
+    if percent != gold_percent:
         return False
-    if r"\text" in value + gold_value:
-        words = [re.sub(r"\\text\{([^{}]*)\}", r"\1", v).strip("() ") for v in (value, gold_value)]
-        return words[0].casefold() == words[1].casefold()
+    spoken = [_words(v) for v in (value, gold_value)]
+    if r"\text" in value + gold_value or all(len(s or "") > 1 for s in spoken):
+        if None in spoken:
+            return False
+        if r"\text" in value + gold_value:
+            spoken = [s.casefold() for s in spoken]
+        return spoken[0] == spoken[1] or _product_of_variables(*spoken)
     if "_{" in value + gold_value:
         bases = [re.fullmatch(_BASE, v) for v in (value, gold_value)]
         if all(bases):
             (digits, base), (gold_digits, gold_base) = (match.groups() for match in bases)
             return digits == gold_digits and base in (None, gold_base or "10")
+    degree = (("deg", 1),)
+    if degree in (unit, gold_unit) and unit != gold_unit and r"\pi" in value + gold_value:
+        value = rf"({value})\cdot\pi/180" if unit else value  # 30 degrees are pi/6
+        gold_value = rf"({gold_value})\cdot\pi/180" if gold_unit else gold_value
     return value == gold_value or _decide(value, gold_value, decide)
 
 
-# What must not reach sympy: "3 4" (read as a sum), bases inside an expression (dropped), towers of
-# exponents, huge powers or factorials.
-_REFUSED = re.compile(
-    r"\d \d|[\d)}\]]_|\^\{[\d^{}]*\^|\^\{-?\d{5,}\}|(?:\d{4,}|[)}\]!])!|\\text"
-    r"|[\x00-\x1f\ud800-\udfff]"
-)
+def _words(text: str) -> str | None:
+    """Words, or a run of letters, without \\text, parentheses and a leading article."""
+    plain = re.sub(r"\\text\{([^{}]*)\}", r"\1 ", text).strip("() ")
+    plain = re.sub(r"^(?:an|a|the) (?=.)", "", plain)
+    return plain if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 :'.]*", plain) else None
+
+
+def _product_of_variables(a: str, b: str) -> bool:
+    """xy is yx, but LQSX is not LXQS and no is not on: other letters make words, in order."""
+    named = any(set(a) <= set(letters) for letters in ("xyz", "abc", "pqr", "mnk", "uvw"))
+    return named and sorted(a) == sorted(b)
 
 
 def _decide(answer: str, gold: str, decide: Decide) -> bool | None:
-    """Ask, unless it is hostile or differs in capitals: Math-Verify lowers all letters."""
-    letters = [set(re.sub(r"\\[A-Za-z]+|[^A-Za-z]", "", text)) for text in (answer, gold)]
-    lowered = [{letter.lower() for letter in group} for group in letters]
-    if _REFUSED.search(answer) or (letters[0] != letters[1] and lowered[0] == lowered[1]):
+    """Ask, unless a part of either would be lost on the way (guards.py)."""
+    read, gold_read = readable(answer), readable(gold)
+    if read is None or gold_read is None:
         return False
-    return decide(answer, gold)
+    same = decide(read, gold_read)
+    if not same and (general := _general(answer, gold)):
+        return decide(readable(general), gold_read)
+    return same
+
+
+def _general(answer: str, gold: str) -> str | None:
+    """The answer with the gold letter for any integer: n pi for k pi, the only letter."""
+    found = [set(re.findall(r"(?<![\\A-Za-z])[a-zA-Z]", re.sub(r"\\[A-Za-z]+", " ", t)))
+             for t in (answer, gold)]  # fmt: skip
+    both = all(len(f) == 1 and f <= set("knm") for f in found) and found[0] != found[1]
+    if not both or r"\pi" not in answer or r"\pi" not in gold:
+        return None
+    return re.sub(r"(?<![\\A-Za-z])[knm](?![A-Za-z])", found[1].pop(), answer)
 
 
 _spelt = functools.lru_cache(maxsize=4096)(spell)
