@@ -14,115 +14,25 @@ import functools
 import re
 from collections.abc import Callable, Iterator
 from fractions import Fraction
-from itertools import accumulate
 
 import symbolic
 import words
-from guards import MAX_EXPONENT, readable
+from forms import align
+from guards import readable
 from spelling import normalize, spell
+from structure import LISTED, fraction, shape, split
 
 MAX_CHARS = 500  # a longer answer is right only if it is the gold string itself
 
 # ---------------------------------------------------------------------------- taking answers apart
 
 Decide = Callable[[str, str], bool | None]
-LISTED = (",", ";", r"\and", r"\or")
-_OPEN, _CLOSE = ("(", "[", r"\{", "{"), (")", "]", r"\}", "}")
-
-
-def _tokens(text: str) -> list[str]:
-    return re.findall(r"\\[A-Za-z]+|\\.|.", text, re.DOTALL)
-
-
-def _split(text: str, separators: tuple[str, ...]) -> list[str]:
-    """Parts of `text` between separators that stand outside all brackets."""
-    if not any(separator in text for separator in separators):
-        return [text.strip()]
-    parts, depth, last = [""], 0, ""
-    for token in _tokens(text):
-        depth += (token in _OPEN) - (token in _CLOSE)
-        if token in separators and depth == 0:
-            if not (token in (r"\and", r"\or") and last == ","):  # "2, and 4" has one separator
-                parts.append("")
-        else:
-            parts[-1] += token
-        last = token if token.strip() else last
-    return [part.strip() for part in parts]
-
-
-def _shape(text: str) -> tuple[str, list[str]]:
-    """(kind, parts): a union, a matrix, a tuple or interval by its brackets, else a list.
-
-    A set and a list are one kind, compared without order; a lone expression is a list of one.
-    """
-    text = re.sub(r"^[A-Za-z]\\in(?![A-Za-z])\s*", "", text)
-    text = re.sub(r"^\]([^\[\]]*[\[\]])$", r"(\1", re.sub(r"^([\[\](][^\[\]]*)\[$", r"\1)", text))
-    if len(parts := _split(text, (r"\cup",))) > 1:
-        return "union", parts
-    matrix = re.fullmatch(r"[(\[]?\\begin\{pmatrix\}(.*)\\end\{pmatrix\}[)\]]?", text)
-    if matrix:
-        rows = [_split(row, ("&",)) for row in re.sub(r"\\\\$", "", matrix[1]).split(r"\\")]
-        return f"matrix {[len(row) for row in rows]}", [cell for row in rows for cell in row]
-    tokens = _tokens(text) if text.startswith(_OPEN) else []
-    depths = list(accumulate((t in _OPEN) - (t in _CLOSE) for t in tokens))
-    if len(tokens) > 2 and depths[-1] == 0 and min(depths[:-1]) > 0:  # one bracket around it all
-        brackets, inside = tokens[0] + tokens[-1], _split("".join(tokens[1:-1]), LISTED)
-        if brackets == r"\{\}":
-            return "list", _with_both_signs(inside)
-        if len(inside) > 1:
-            return brackets, inside
-    return "list", _with_both_signs(_split(text, LISTED))
-
-
-def _with_both_signs(parts: list[str]) -> list[str]:
-    """Write each `a \\pm b` as the two answers it stands for."""
-    both = []
-    for part in parts:
-        if r"\pm" in part:
-            plus, minus = part.replace(r"\pm", "+"), part.replace(r"\pm", "-")
-            both += [plus.replace(r"\mp", "-").lstrip("+"), minus.replace(r"\mp", "+")]
-        else:
-            both.append(part)
-    return both
-
-
 # ------------------------------------------------------------------------------------- comparing
 
-_NUMBER = r"\d+(?:\.\d+)?"
 _BASE = r"([0-9A-F]*\d[0-9A-F]*)(?:_\{(\d+)\})?"
-_POWER = rf"({_NUMBER})(?:\^\{{(-?\d+)\}})?"
 _NAME = re.compile(
     r"(?=.*[A-Za-z])(?>\\[A-Za-z]++|[A-Za-z'{} ]|_\{[^{}]*+\}|\|[^|]*+\||\([^()]*+\))++"
 )
-
-
-def _fraction(text: str) -> Fraction | None:
-    """The exact value of a plain number: decimals, fractions, mixed numbers, powers; else None."""
-    sign, text = (-1, text[1:]) if text.startswith("-") else (1, text.removeprefix("+"))
-    if mixed := re.fullmatch(r"(\d+) ?(?:\\frac\{(\d+)\}\{(\d+)\}|(?<= )(\d+)/(\d+))", text):
-        whole, top, bottom = int(mixed[1]), int(mixed[2] or mixed[4]), int(mixed[3] or mixed[5])
-        return sign * (whole + Fraction(top, bottom)) if top < bottom else None
-    ratio = re.fullmatch(r"\\frac\{([^{}]*(?:\{-?\d+\})?)\}\{([^{}]*(?:\{-?\d+\})?)\}", text)
-    over = ratio.groups() if ratio else text.split("/")
-    values = [_product(part) for part in over]
-    if len(values) > 2 or None in values or values[1:] == [0]:
-        return None
-    return sign * values[0] / (values[1] if len(values) == 2 else 1)
-
-
-def _product(text: str) -> Fraction | None:
-    sign, text = (-1, text[1:]) if text.startswith("-") else (1, text)
-    value = Fraction(sign)
-    for factor in re.split(r"\\times ?|\\cdot ?|\*", text):
-        power = re.fullmatch(_POWER, factor)
-        exponent = int(power[2] or 1) if power else 0
-        if not power or abs(exponent) * len(power[1]) > MAX_EXPONENT:
-            return None
-        base = Fraction(power[1])
-        if base == 0 and exponent <= 0:
-            return None
-        value *= base**exponent
-    return value
 
 
 def _unit(text: str) -> tuple[str, object]:
@@ -164,10 +74,13 @@ def _compare(answer: str, gold: str, decide: Decide) -> bool | None:
     """Compare two normalised answers part by part; None where `decide` does not know."""
     if answer == gold:
         return True
+    if (aligned := align(answer, gold)) is None or _misnamed(*aligned):
+        return False
+    answer, gold = aligned
     sides, gold_sides = _equation(answer), _equation(gold)
     if len(sides) > 1 or len(gold_sides) > 1:
         return _compare_equations(sides, gold_sides, decide)
-    (kind, parts), (gold_kind, gold_parts) = _shape(answer), _shape(gold)
+    (kind, parts), (gold_kind, gold_parts) = shape(answer), shape(gold)
     if kind != gold_kind or len(parts) != len(gold_parts):
         return False
     if kind not in ("list", "union"):
@@ -186,13 +99,16 @@ def _compare(answer: str, gold: str, decide: Decide) -> bool | None:
 
 def _equation(text: str) -> list[str]:
     """The sides of an equation or of a chain of them; one side where there is none."""
-    return [text] if len(_split(text, LISTED)) > 1 else _split(text, ("=",))
+    return [text] if len(split(text, LISTED)) > 1 else split(text, ("=",))
 
 
 def _compare_equations(sides: list[str], gold_sides: list[str], decide: Decide) -> bool | None:
-    named, gold_named = _NAME.fullmatch(sides[0]), _NAME.fullmatch(gold_sides[0])
+    named, gold_named = _is_name(sides[0]), _is_name(gold_sides[0])
+    if len(sides) == len(gold_sides) == 2 and named and gold_named:
+        sides = _renamed(sides, gold_sides)
     if len(gold_sides) == 1:  # "x = 6/4 = 3/2" for 3/2: plain numbers on the way must agree too
-        shown = [s for s in sides[1:-1] if _fraction(s) is not None] if named else sides[:-1]
+        asked = named or fraction(gold_sides[0]) is not None and len(_letters(sides[0])) > 1
+        shown = [s for s in sides[1:-1] if fraction(s) is not None] if asked else sides[:-1]
         return _all(_compare(side, gold_sides[0], decide) for side in [*shown, sides[-1]])
     if len(sides) == 1:
         return bool(gold_named) and _compare(sides[0], gold_sides[-1], decide)
@@ -203,6 +119,44 @@ def _compare_equations(sides: list[str], gold_sides: list[str], decide: Decide) 
     return False
 
 
+def _letters(text: str) -> set[str]:
+    return set(re.sub(r"\\[A-Za-z]+|[^A-Za-z]", "", text))
+
+
+def _is_name(text: str) -> bool:
+    """Whether an equation's left side may name a value: a letter, f(2), an angle, a ratio a/b.
+
+    The root of x or 2x does not: its value is not that of x. A value of a + b is one, as no single
+    letter follows from it.
+    """
+    commands = set(re.findall(r"\\[A-Za-z]+", text))
+    return (
+        bool(_NAME.fullmatch(text))
+        and commands <= words.NAMING
+        and (not re.search(r"\\sqrt|\\frac", text) or len(_letters(text)) > 1)
+    )
+
+
+def _misnamed(answer: str, gold: str) -> bool:
+    """Whether a tuple is given under names in an order that is not the usual one."""
+    names = [re.match(r"\(([^()=]*)\)=(?=\()", side) for side in (answer, gold)]
+    texts = [name and name[1] for name in names]
+    if not any(texts) or texts[0] == texts[1]:
+        return False
+    listed = (texts[0] or texts[1]).split(",")
+    usual = listed in ([r"r", r"\theta"], [r"r", r"\theta", "z"], [r"\rho", r"\theta", r"\phi"])
+    return all(texts) or not usual and listed != sorted(set(listed))
+
+
+def _renamed(sides: list[str], gold_sides: list[str]) -> list[str]:
+    """f(z) = z as f(x) = x, where the gold one has f(x): the letter is bound."""
+    found = [re.fullmatch(r"([A-Za-z])\(([a-z])\)", s[0]) for s in (sides, gold_sides)]
+    if None in found or found[0][1] != found[1][1] or found[1][2] in _letters(sides[1]):
+        return sides
+    letter = rf"(?<![\\A-Za-z]){found[0][2]}(?![A-Za-z])"
+    return [gold_sides[0], re.sub(letter, found[1][2], sides[1])]
+
+
 def _compare_scalars(answer: str, gold: str, decide: Decide) -> bool | None:
     """Single expressions: units, words and number bases here, plain numbers as fractions."""
     answer = re.split(r" ?\\approx(?![A-Za-z])", answer)[0]
@@ -210,7 +164,7 @@ def _compare_scalars(answer: str, gold: str, decide: Decide) -> bool | None:
     if unit != gold_unit and (isinstance(unit or gold_unit, str) or (unit and gold_unit)):
         return False
     percent, gold_percent = (u == (("pct", 1),) for u in (unit, gold_unit))
-    exact, gold_exact = _fraction(value), _fraction(gold_value)
+    exact, gold_exact = fraction(value), fraction(gold_value)
     if exact is not None and gold_exact is not None:
         if percent != gold_percent and exact * (100 if gold_percent else 1) == gold_exact * (
             100 if percent else 1

@@ -11,8 +11,6 @@ import re
 
 import words
 
-MAX_EXPONENT = 9999  # beyond it sympy may build numbers that never end
-
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|[A-Za-z]|\d+(?:\.\d+)?|.", re.DOTALL)
 _KNOWN = set("+-*/^_(){}[]|!=<> ") | {
     "\\" + name
@@ -21,7 +19,7 @@ _KNOWN = set("+-*/^_(){}[]|!=<> ") | {
 }  # fmt: skip
 # Bases, towers of numbers, huge powers and factorials, two numbers or two signs in a row.
 _REFUSED = re.compile(
-    r"\d \d|[\d)}\]|!']_|\^\{-?[\d.]+\^|\^\{-?\d{5,}\}|(?:\d{4,}|[)}\]!])!(?!.*[A-Za-z])|\d{4,}!|!!"
+    r"\d \d|(?<!sqrt)\[|[\d)}\]|!']_|\^\{-?[\d.]+\^|\^\{-?\d{5,}\}|\d{4,}!|!!|^[^A-Za-z]*[)}\]]!"
     r"|\^\{[^{}]*\}\^|\d/\d+[A-Za-z\\(]|[\d.]\.|(?<![\\A-Za-z])[A-Za-z]\d|\^_|__"
 )
 
@@ -31,9 +29,13 @@ def readable(text: str) -> str | None:
     text = re.sub(r"(\d+)\.(\d*)\\overline\{(\d+)\}", _recurring, text)
     text = re.sub(r"\\vec\{([ijk])\}", r"v_{\1}", text)
     text = text.replace(r"^\circ", " u_{99}").replace(r"{}", "")
+    text = re.sub(r"(\\log_\{[^{}]*\})(\d+)", r"\1{\2}", text)
     text = re.sub(r"(?<=\})(?=\d)|(?<=[\d)])(?=\()|(?<=\))(?=\d)", r"\\cdot ", text)
     bare = re.sub(r"[uv]_\{\w+\}", "", text)
     tokens = _TOKEN.findall(bare)
+    mixed = re.findall(r"\d\\frac\{(\d+)\}\{(\d+)\}", bare)  # read as a sum
+    if any(int(top) >= int(bottom) for top, bottom in mixed):
+        return None
     known = all(t in _KNOWN or t[0].isdigit() or t.isascii() and t.isalpha() for t in tokens)
     if not known or _REFUSED.search(bare):
         return None

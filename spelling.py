@@ -218,7 +218,8 @@ class _Speller:
             line.add(rf"{token}{{{self.argument()}}}{{{self.argument()}}}")
         elif token in (r"\sqrt", "sqrt"):
             index = rf"[{self.sequence(']')}]" if self.peek() == "[" and self.skip("[") else ""
-            line.add(rf"\sqrt{index}{{{self.argument(token == 'sqrt' or self.peek() == '(')}}}")
+            inside = self.argument(token == "sqrt" or self.peek() == "(")
+            line.add(rf"\sqrt{index}{{{inside}}}")
         elif token == "abs" and self.peek() == "(":
             line.add(f"|{self.argument(True)}|")
         elif token in (r"\exp", "exp"):
@@ -236,6 +237,7 @@ class _Speller:
             line.add(rf"\overline{{{self.argument()}}}")
         elif token == "{":
             inside = self.sequence("}")
+            line.space |= inside.isdigit()  # {5}{6} is no 56
             line.add(inside if len(inside) < 2 else f"{{{inside}}}")
         elif token == "." and self.tokens and self.tokens[-1].isdigit():
             digits = line.pieces and line.pieces[-1].isdigit() and not line.space

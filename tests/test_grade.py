@@ -242,9 +242,9 @@ CHAIN = (
 def test_hard_answers_do_not_hold_the_caller(answer, grader):
     """Whatever takes time does so in a worker, which can be killed; the caller waits for it."""
     started = time.thread_time()
-    answers.quick_verdict(answer, "3")
+    answers.quick_verdict(answer, "4")
     assert time.thread_time() - started < 0.05
-    assert grader.grade([answer, "x+1"], ["3", "1+x"]) == [False, True]
+    assert grader.grade([answer, "x+1"], ["4", "1+x"]) == [False, True]
 
 
 def test_no_answer_holds_the_caller():
@@ -509,7 +509,7 @@ def test_clusters_compare_all_groups_in_common_rounds():
 
 # ---- batches in worker processes
 
-SLOW = r"\int_0^1 \sin(\cos(x^{x^x})) dx + %d"  # minutes in sympy
+SLOW = r"\binom{10^9}{5 \cdot 10^8} + x + %d"  # minutes in sympy
 GOOD = [(r"\frac{n+%d}{\sqrt{3}}", r"\frac{\sqrt{3}}{3}(n+%d)", True), ("n+%d", "n-%d", False)]
 
 
