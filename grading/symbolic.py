@@ -30,15 +30,22 @@ def equal(answer: str, gold: str) -> bool:
         # main thread (Math-Verify#65).
         if not _agree(a, b):
             return False
-        return _identical(a, b) or math_verify.verify(
-            b.tree, a.tree, strict=True, timeout_seconds=None
+        return (
+            _identical(a, b)
+            or _same_values(a, b)
+            or math_verify.verify(b.tree, a.tree, strict=True, timeout_seconds=None)
         )
     except Exception:  # parser and sympy raise nearly anything on odd text; odd is not right
         return False
 
 
+# A variable's value is (low + a number below high that its name gives) / scale: five points, two
+# above 1, two between 0 and 1, one below 0.
+POINTS = [(11, 97, 5), (11, 97, 6), (1, 97, 101), (2, 97, 103), (-107, 97, 7)]
+
+
 class _Parsed(NamedTuple):
-    """A sympy object, the same with decimals as fractions, and its values at two points.
+    """A sympy object, the same with decimals as fractions, and its values at the points.
 
     An equation or inequality has those of left - right. Sets, chains and the like have none.
     """
@@ -101,9 +108,10 @@ def _parse(text: str) -> _Parsed:
     floats = {number: sympy.Rational(str(number)) for number in exact.atoms(sympy.Float)}
     exact = exact.xreplace(floats).doit()
     values = []
-    for point in (5, 6):
+    for low, high, scale in POINTS if exact.free_symbols else POINTS[:1]:
         at = {
-            s: sympy.Rational(11 + crc32(s.name.encode()) % 97, point) for s in exact.free_symbols
+            s: sympy.Rational(low + crc32(s.name.encode()) % high, scale)
+            for s in exact.free_symbols
         }
         value = exact.xreplace(at)
         values.append(value if value.is_Rational else value.evalf(320, maxn=400))
@@ -122,12 +130,45 @@ def _agree(a: _Parsed, b: _Parsed) -> bool:
         return False  # 0.56 = 6% is not an equation but a statement
     if a.values is None or b.values is None or any(relations) and not all(relations):
         return True
-    pairs = list(zip(a.values, b.values, strict=True))
     if all(relations):
-        pairs = [(a.values[0] * b.values[1], a.values[1] * b.values[0])]
-    if any(u != v and u.is_Rational and v.is_Rational for u, v in pairs):
+        (a0, a1, *_), (b0, b1, *_) = a.values, b.values
+        return _close(a0 * b1, a1 * b0)
+    pairs = list(zip(a.values, b.values, strict=False))
+    if a.exact.free_symbols and not (a.exact.has(sympy.I) or b.exact.has(sympy.I)):
+        pairs = [(u, v) for u, v in pairs if u.is_real and v.is_real]  # both are defined
+    return all(_close(u, v) for u, v in pairs)
+
+
+def _close(u, v) -> bool:
+    """Equal, exactly if both are fractions, else to 300 digits."""
+    if u == v:
+        return True
+    if u.is_Rational and v.is_Rational or not (u.is_finite and v.is_finite):
         return False
-    return all(u == v or abs(u - v) <= 1e-300 * max(abs(u), abs(v)) for u, v in pairs)
+    return bool(abs(u - v) <= 1e-300 * max(abs(u), abs(v)))
+
+
+def _same_values(a: _Parsed, b: _Parsed) -> bool:
+    """Whether agreement at the points settles it: both real at the same two or more of them.
+
+    Only for expressions of small numbers, which cannot differ by less than 300 digits show.
+    """
+    import sympy
+
+    if not (isinstance(a.tree, sympy.Expr) and isinstance(b.tree, sympy.Expr)):
+        return False
+    if not (a.values and b.values and len(a.values) == len(b.values)):
+        return False
+    for side in (a.exact, b.exact):
+        if any(max(abs(n.p), n.q) > 10**12 for n in side.atoms(sympy.Rational)):
+            return False
+        if any(p.exp.is_number and abs(p.exp) > 20 for p in side.atoms(sympy.Pow)):
+            return False
+        if side.has(sympy.I) or not all(v.is_finite for v in side.atoms(sympy.Number)):
+            return False
+    real = [(u.is_real, v.is_real) for u, v in zip(a.values, b.values, strict=True)]
+    enough = min(2, len(a.values))
+    return all(u == v for u, v in real) and sum(u is True for u, _ in real) >= enough
 
 
 def _identical(a: _Parsed, b: _Parsed) -> bool:
