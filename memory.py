@@ -5,7 +5,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -351,50 +351,6 @@ def phase(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
         raise OutOfMemory(f"out of GPU memory in phase {name!r}: lower {KNOBS[name]}") from error
     if seconds is not None:
         seconds[name] = time.perf_counter() - start
-
-
-class LastStep:
-    """Saves a run as of its last complete step where memory runs out in a later one.
-
-    Memory may run out between two updates of a step, when the weights belong to no step at all. So
-    `done` copies an adapter and its moments to the machine's memory at every step's end (12 bytes a
-    weight; 0.4 GB for r=32 at 1.5B). In full training that would be the whole model three times:
-    there nothing is saved beyond the last checkpoint, and the message says so.
-    """
-
-    def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, save: Callable[[int], None]
-    ):
-        self.optimizer, self.save = optimizer, save
-        self.parameters = list(trainable(model).values()) if lora_layers(model) else []
-        self.step: int | None = None
-        self.copies: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
-
-    def done(self, step: int) -> None:
-        """The step is complete and logged; 0 before the first one."""
-        self.step = step
-        # clone: on the CPU the copy would otherwise be the tensor itself
-        self.copies = [
-            (p.detach().to("cpu", copy=True),
-             {k: v.to("cpu", copy=True) for k, v in self.optimizer.state[p].items()})
-            for p in self.parameters
-        ]  # fmt: skip
-
-    def __enter__(self) -> "LastStep":
-        return self
-
-    @torch.no_grad()
-    def __exit__(self, kind, error, traceback) -> None:
-        if not isinstance(error, OutOfMemory):
-            return
-        saved = "the run goes on from its last checkpoint, if it has one, by --resume=True"
-        if self.copies:
-            for parameter, (weight, moments) in zip(self.parameters, self.copies, strict=True):
-                parameter.copy_(weight)
-                self.optimizer.state[parameter] = moments
-            self.save(self.step)
-            saved = f"saved as of step {self.step}, --resume=True goes on from there"
-        raise UserError(f"{error}; {saved}") from error
 
 
 def peak_memory() -> float:

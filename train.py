@@ -38,7 +38,7 @@ from transformers import PreTrainedTokenizerBase
 import grpo
 import rewards
 import tiny
-from checkpoint import RunFolder, StopOnCtrlC, save_rows
+from checkpoint import RunFolder
 from configurator import UserError, configure, format_config, run
 from data import (
     Problem,
@@ -52,7 +52,7 @@ from data import (
 from engine import TRAIN_NOISE, Progress, decode, generate
 from eval import check_positions, choose_device, evaluate
 from lora import add_lora, reference, trainable
-from memory import LastStep, peak_memory, phase, rollout_weights, settle
+from memory import peak_memory, phase, rollout_weights, settle
 from metrics import describe, describe_clip, sample_log, summary_table
 from model import (
     TokenStats,
@@ -74,6 +74,7 @@ from settings import (
     loss_knobs,
     needs_base,
 )
+from stopping import LastStep, StopOnSignal
 from verifier import Verifier
 
 Tokenizer = PreTrainedTokenizerBase
@@ -216,8 +217,7 @@ def update(
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm))
         if not math.isfinite(norm):
             raise UserError(
-                f"the gradient is {norm} at step {rollouts.step}: lower --lr or --dtype=float32; "
-                "--resume=True goes on from the last checkpoint"
+                f"the gradient is {norm} at step {rollouts.step}: lower --lr or --dtype=float32"
             )
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -297,29 +297,31 @@ def train(cfg: Config) -> list[dict]:
     recorded |= asdict(cfg)  # config.json gets what was settled, and a resumed run goes on with it
 
     save = partial(folder.save_state, model, tokenizer, optimizer)
-    with folder, StopOnCtrlC() as stop, LastStep(model, optimizer, save) as last_step:
-        first, history = 1, []
+    with folder, StopOnSignal() as stop, LastStep(model, optimizer, save) as last_step:
+        first, history = 1, folder.history
         if cfg.resume:
             first = folder.load_state(model, optimizer) + 1
-            history = folder.truncate_logs(first - 1)
+            folder.repair_weights(model, tokenizer, first - 1)
+            last_step.saved = first - 1
             print(f"resumed after step {first - 1}")
         last_step.done(first - 1)
 
-        def run_eval(step: int) -> dict:
-            with phase("eval"), rollout_weights(model, how):
-                summary, graded = evaluate(
+        def wants_eval(step: int) -> bool:
+            due = cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps)
+            return bool(due) and not (history and "eval_accuracy" in history[-1])
+
+        def run_eval(step: int) -> None:
+            """Of the step that was logged and saved last, so a signal may end it at any time."""
+            with stop.at_once(), phase("eval"), rollout_weights(model, how):
+                summary, _ = evaluate(
                     model, tokenizer, eval_items, cfg.eval_k, cfg.eval_temperature,
                     eval_tokens, cfg.seed, cfg.rollout_rows, desc=f"eval at step {step}",
+                    path=folder.folder / "eval" / f"step_{step:05d}.jsonl",
                 )  # fmt: skip
-            save_rows(graded, folder.folder / "eval" / f"step_{step:05d}.jsonl")
-            return {f"eval_{key}": value for key, value in summary.items()}
+            folder.log_eval(step, {f"eval_{key}": value for key, value in summary.items()})
 
-        def log(metrics: dict) -> None:
-            history.append(metrics)
-            folder.log("metrics.jsonl", [metrics])
-
-        if not history and cfg.eval_every:
-            log({"step": 0, **run_eval(0)})
+        if wants_eval(first - 1):  # before training, or where the last process got no further
+            run_eval(first - 1)
         bar = tqdm(range(first, cfg.steps + 1), desc=cfg.reward, initial=first - 1, total=cfg.steps)
         for step in bar:
             seconds: dict[str, float] = {}
@@ -340,6 +342,7 @@ def train(cfg: Config) -> list[dict]:
                 metrics = {"step": step, **describe(rollouts, reward, watched)}
             done = (step - 1) * cfg.updates_per_step
             lrs = [learning_rate(cfg, done + i) for i in range(cfg.updates_per_step)]
+            last_step.begin_update()
             with phase("update", seconds):
                 metrics |= update(model, optimizer, rollouts, advantage, parts, cfg, lrs)
             metrics |= {
@@ -348,25 +351,22 @@ def train(cfg: Config) -> list[dict]:
                 **{f"seconds_{name}": value for name, value in seconds.items()},
                 "peak_memory_gb": peak_memory(),
             }
-            last = step == cfg.steps or stop.asked
-            if cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps):
-                metrics |= run_eval(step)
-            log(metrics)
+            folder.log(metrics, sample_log(rollouts, reward, advantage, cfg.log_samples))
             if warning := early_warning(cfg, history[first - step - 1 :]):  # of this process
                 tqdm.write(f"warning: {warning}")
-            folder.log("samples.jsonl", sample_log(rollouts, reward, advantage, cfg.log_samples))
+            last = step == cfg.steps or stop.asked or wants_eval(step)
             if last or (cfg.save_every and step % cfg.save_every == 0):
-                save(step)
+                last_step.save(step)
             last_step.done(step)
+            if wants_eval(step):
+                run_eval(step)
             clipped = metrics["clip_frac_low"] + metrics["clip_frac_high"]
             bar.set_postfix_str(
                 f"reward {metrics['reward']:.3f} acc {metrics['accuracy']:.3f} clip {clipped:.1e} "
                 f"code {metrics['code_frequency']:.3f} {metrics['tokens_per_s']:,.0f} tok/s"
             )
-            if stop.asked and step < cfg.steps:
-                bar.close()
-                print(f"stopped after step {step}, saved: --resume=True goes on")
-                raise KeyboardInterrupt
+            if step < cfg.steps:
+                stop.check()
     summary_table(history, folder.folder)
     return history
 
