@@ -78,20 +78,21 @@ class Rollouts:
     raw_text: list[str] | None = None
     sampler_logp: torch.Tensor | None = None  # float32 [B, R], as the sampler saw it
     # filled by scoring, float32 [B, R]
-    old_logp: torch.Tensor | None = None
+    old_logp: torch.Tensor | None = None  # of the update's own micro-batches: for the loss
+    logp: torch.Tensor | None = None  # the same for rewards, equal for equal responses of a group
     ref_logp: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
     self_certainty: torch.Tensor | None = None
     base_self_certainty: torch.Tensor | None = None  # of the same tokens under the base model
     # filled where the reward asks for it: name of a second model -> float32 [B], its mean
-    # log-likelihood of each response (verifier.py)
+    # log-likelihood of each response (harness/second_model.py)
     cross_logp: dict[str, torch.Tensor] = field(default_factory=dict)
     # int64 [B], which answers are the same (grading.clusters); filled by the first reward that asks
     cluster: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         rows, width = self.tokens.shape
-        by_token = ("sampler_logp", "old_logp", "ref_logp", "entropy", "self_certainty")
+        by_token = ("sampler_logp", "old_logp", "logp", "ref_logp", "entropy", "self_certainty")
         by_token += ("base_self_certainty",)
         shapes = dict.fromkeys(("prompt_len", "length", "finished"), (rows,))
         shapes |= dict.fromkeys(by_token, (rows, int(self.length.max())))
@@ -113,6 +114,31 @@ class Rollouts:
         """bool [B, R], True at response tokens: from lengths, since pad may equal EOS."""
         columns = torch.arange(int(self.length.max()), device=self.length.device)
         return columns < self.length[:, None]
+
+    @property
+    def twin(self) -> torch.Tensor:
+        """int64 [B], the first row of the group with the same response, often the row itself."""
+        first: dict[tuple, int] = {}
+        twin = []
+        for i, (p, n) in enumerate(
+            zip(self.prompt_len.tolist(), self.length.tolist(), strict=True)
+        ):
+            response = self.tokens[i, p : p + n].tolist()
+            twin.append(first.setdefault((i // self.group_size, *response), i))
+        return torch.tensor(twin)
+
+    def share_scores_of_twins(self) -> None:
+        """Give equal responses of a group equal scores, those of the first; fills logp.
+
+        They are scored in several micro-batches, so their scores differ by rounding. A group's
+        standard deviation would be made of that noise alone, and the advantage divides by it.
+        """
+        twin = self.twin
+        self.logp = self.old_logp[twin]
+        for name in ("entropy", "self_certainty", "base_self_certainty"):
+            if (values := getattr(self, name)) is not None:
+                setattr(self, name, values[twin])
+        self.cross_logp = {name: values[twin] for name, values in self.cross_logp.items()}
 
     @property
     def label(self) -> list[str] | None:

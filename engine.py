@@ -76,20 +76,23 @@ def generate(
     top_k: int = 0,
     max_rows: int = 256,
     progress: Callable[[int, int], None] | None = None,
-    first_prompt: int = 0,
+    numbers: Sequence[int] | None = None,
     budgets: Sequence[int] | None = None,
+    on_end: Callable[[int, list[int], bool], None] | None = None,
 ) -> Generation:
     """Sample group_size responses to each prompt; row i answers prompt i // group_size.
 
     A response ends with the first token of end_ids (kept) or after max_new_tokens, or its own of
     budgets, [B] of at most max_new_tokens (for timing, say). At most max_rows rows are decoded at a
     time, which bounds the cache; those that wait move in as others end. noise, a row's prompt
-    number and its sample number fix its randomness; prompts are numbered from first_prompt, so that
-    a long list may be sampled piece by piece. progress is called with the numbers of new tokens and
-    of rows that have just ended (see Progress).
+    number and its sample number fix its randomness; numbers of the prompts are 0, 1, ... unless
+    given, so that a long list may be sampled piece by piece. progress is called with the numbers of
+    new tokens and of rows that have just ended (see Progress), on_end with each row that has ended,
+    its response's tokens and whether it finished.
     """
     B = len(prompts) * group_size
-    keys = [(first_prompt + i // group_size, i % group_size) for i in range(B)]
+    numbers = range(len(prompts)) if numbers is None else numbers
+    keys = [(numbers[i // group_size], i % group_size) for i in range(B)]
     uniform = torch.from_numpy(np.stack([uniforms(noise, *key, max_new_tokens) for key in keys]))
     budget = torch.tensor([max_new_tokens] * B if budgets is None else list(budgets))
     lens = torch.tensor([len(p) for p in prompts]).repeat_interleave(group_size)
@@ -98,7 +101,7 @@ def generate(
         key, slots = _slots(model, shape, min(B, max_rows), int(lens.max()))
         rows = slots.rows
         rows.begin(uniform, budget, lens)
-        _decode_all(model, prompts, group_size, slots, progress)
+        _decode_all(model, prompts, group_size, slots, progress, on_end)
     if slots.static:  # for the next call; not where this one failed
         slots.setup.kept = (key, slots)
     length, finished = rows.length.cpu(), rows.finished.cpu()
@@ -114,13 +117,14 @@ def generate(
     return Generation(tokens, lens, length, finished, logp)
 
 
-def _decode_all(model, prompts, group_size, slots, progress):
+def _decode_all(model, prompts, group_size, slots, progress, on_end):
     """Decode all rows: a row moves into a slot, is decoded, and makes room for another."""
     rows = slots.rows
     B, device = len(rows.length), rows.length.device
     # Looking whether rows have ended waits for the GPU, so it is done every few tokens there.
     every = 1 if device.type == "cpu" else 8
     ready: dict[int, Prompt] = {}  # prompts that rows still need
+    told: set[int] = set()  # rows that on_end has been called with
     at_once = max(1, PREFILL_TOKENS // max(map(len, prompts)))
     free, arrived, counted, ticks = list(range(slots.n)), 0, (0, 0), 0
     while True:
@@ -142,6 +146,8 @@ def _decode_all(model, prompts, group_size, slots, progress):
                 now = (int(rows.length.sum()), arrived - ended.count(False))
                 progress(now[0] - counted[0], now[1] - counted[1])
                 counted = now
+            if on_end and arrived - ended.count(False) > len(told):
+                _tell(rows, told, on_end)
             if all(ended) and arrived == B:
                 return
             free = slots.shrink(ended, waiting=arrived < B)
@@ -149,6 +155,15 @@ def _decode_all(model, prompts, group_size, slots, progress):
                 continue
         slots.step()
         ticks += 1
+
+
+def _tell(rows: Rows, told: set[int], on_end) -> None:
+    """Call on_end with each row that has ended and is not in told, which it joins."""
+    over = (rows.finished | (rows.length >= rows.budget)).tolist()
+    for row in (row for row, one in enumerate(over) if one and row not in told):
+        told.add(row)
+        response = rows.response[row, : int(rows.length[row])].tolist()
+        on_end(row, response, bool(rows.finished[row]))
 
 
 def _slots(model, shape, n, longest) -> tuple[tuple, Slots]:

@@ -6,7 +6,8 @@
     python eval.py --completions=FILE                             (grade saved completions)
     python eval.py --labels=FILE --model=tiny                     (make majority labels: labels.py)
 
-Every completion is saved; the last line printed is one JSON object.
+Every completion is saved as it comes, so that the same command goes on with an eval that was
+interrupted; the last line printed is one JSON object.
 """
 
 import json
@@ -20,11 +21,12 @@ from transformers import PreTrainedTokenizerBase
 
 import grading
 from data import Problem, load_completions, load_problems, prepare, subset
-from engine import EVAL_NOISE, decode, generate
-from harness.checkpoint import read_config, save_rows, trained_weights
+from engine import EVAL_NOISE, generate
 from harness.configurator import configure
 from harness.errors import UserError, run
+from harness.partial import Kept, fingerprint
 from harness.progress import Progress
+from harness.runfiles import over_its_base, read_config, save_rows, stale, trained_weights
 from lora import load_adapter
 from model import (
     check_positions,
@@ -36,6 +38,8 @@ from model import (
 from tasks import labels, tiny
 from tasks.labels import LabelBy
 
+Items = list[tuple[Problem, list[int]]]  # problems and their prompts' token ids
+
 
 @dataclass
 class EvalConfig:
@@ -43,10 +47,10 @@ class EvalConfig:
 
     # What is measured: one of run, model, completions
     run: str = ""  # folder of a training run: its model, adapter, eval data, prompt and lengths
-    model: str = ""  # hub id, folder, or tiny / tiny_bad
-    adapter: str = ""  # folder of an adapter in PEFT's format, put on the model
+    model: str = ""  # hub id, folder, or tiny / tiny_bad; "" = what the adapter was trained over
+    adapter: str = ""  # folder of an adapter in PEFT's format, put on its base model
     completions: str = ""  # .jsonl with problem, answer, completions (a list); graded as they are
-    quant: Literal["none", "nf4"] = "none"  # 4-bit weights through bitsandbytes
+    quant: Literal["none", "nf4"] = "none"  # 4-bit weights; not typed: as the adapter records it
     # On what
     data: str = "math500"  # math500, gsm8k, a .jsonl file, a folder, a hub id, tiny
     n: int = 0  # problems, drawn with a fixed seed; 0 = all
@@ -107,55 +111,109 @@ def summarize(rows: list[dict]) -> dict:
     }
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How an eval samples."""
+
+    k: int = 1  # samples a problem
+    temperature: float = 0.0  # 0 = greedy: one sample a problem, since more would be the same
+    max_new_tokens: int = 3072
+    seed: int = 0
+    rollout_rows: int = 64  # rows decoded at once; no sample depends on it in fp32
+    top_p: float = 1.0
+    top_k: int = 0
+
+    @property
+    def copies(self) -> int:
+        return self.k if self.temperature > 0 else 1
+
+
 def evaluate(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    items: list[tuple[Problem, list[int]]],
-    k: int = 1,
-    temperature: float = 0.0,
-    max_new_tokens: int = 3072,
-    seed: int = 0,
-    rollout_rows: int = 64,
-    top_p: float = 1.0,
-    top_k: int = 0,
+    items: Items,
+    sampling: Sampling,
     desc: str = "eval",
+    path: Path | None = None,
 ) -> tuple[dict, list[dict]]:
-    """Sample k responses to each (problem, prompt token ids), grade them, sum up.
+    """Sample responses to each (problem, prompt token ids), grade them, sum up.
 
     Returns (summary, rows); rows have the columns problem, answer, completions, correct,
-    finish_reason. The samples are a function of seed and a problem's place in items.
+    finish_reason. The samples are a function of seed and a problem's place in items. path: where
+    the rows are saved; an eval that was interrupted goes on with what it had (harness/partial.py).
     """
-    copies = k if temperature > 0 else 1  # greedy copies would be the same
-    with Progress(len(items) * copies, desc, leave=False) as progress:
-        out = generate(
-            model,
-            [ids for _, ids in items],
-            copies,
-            max_new_tokens,
-            end_token_ids(model, tokenizer),
-            (EVAL_NOISE, seed),
-            temperature,
-            top_p,
-            top_k,
-            rollout_rows,
-            progress,
-        )
-    texts = decode(tokenizer, out.tokens, out.prompt_len, out.length)
-    golds = [problem.answer for problem, _ in items for _ in range(copies)]
-    correct = grading.correct(texts, golds)
-    rows = []
-    for i, (problem, _) in enumerate(items):
-        part = slice(i * copies, (i + 1) * copies)
-        rows.append(
-            {
-                "problem": problem.problem,
-                "answer": problem.answer,
-                "completions": texts[part],
-                "correct": [bool(c) for c in correct[part]],
-                "finish_reason": ["stop" if f else "length" for f in out.finished[part].tolist()],
-            }
-        )
+    settings = {}
+    if path is not None:
+        settings = {"weights": fingerprint(model), "problems": labels.fingerprint(items)}
+        settings |= {k: v for k, v in vars(sampling).items() if k != "rollout_rows"}
+    with Kept(path, settings) as kept:
+        if kept.rows:
+            print(f"{desc}: {len(kept.rows)} of {len(items)} problems were done and are kept")
+        if len(kept.rows) < len(items):
+            _sample(model, tokenizer, items, sampling, desc, kept)
+        rows = _graded(items, kept)
+        if path is not None:
+            save_rows(rows, path)
+            kept.drop()
     return summarize(rows), rows
+
+
+def _sample(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Items,
+    sampling: Sampling,
+    desc: str,
+    kept: Kept,
+) -> None:
+    """Sample what is not kept yet; a problem is kept as soon as its last copy has ended."""
+    copies = sampling.copies
+    left = [i for i in range(len(items)) if i not in kept.rows]
+    ended: list[dict[int, tuple[str, str]]] = [{} for _ in left]  # of each problem, by copy
+
+    def on_end(row: int, response: list[int], finished: bool) -> None:
+        (text,) = tokenizer.batch_decode([response], skip_special_tokens=True)
+        one = ended[row // copies]
+        one[row % copies] = (text, "stop" if finished else "length")
+        if len(one) == copies:
+            texts, reasons = zip(*(one[copy] for copy in range(copies)), strict=True)
+            kept.add(left[row // copies], list(texts), list(reasons))
+
+    done = (len(items) - len(left)) * copies
+    with Progress(len(items) * copies, desc, initial=done, leave=False) as progress:
+        generate(
+            model,
+            [items[i][1] for i in left],
+            copies,
+            sampling.max_new_tokens,
+            end_token_ids(model, tokenizer),
+            (EVAL_NOISE, sampling.seed),
+            sampling.temperature,
+            sampling.top_p,
+            sampling.top_k,
+            sampling.rollout_rows,
+            progress,
+            numbers=left,
+            on_end=on_end,
+        )
+
+
+def _graded(items: Items, kept: Kept) -> list[dict]:
+    """The rows of an eval, graded in one batch."""
+    done = [kept.rows[i] for i in range(len(items))]
+    texts = [text for row in done for text in row["completions"]]
+    golds = [p.answer for (p, _), row in zip(items, done, strict=True) for _ in row["completions"]]
+    correct = iter(grading.correct(texts, golds))
+    return [
+        {
+            "problem": problem.problem,
+            "answer": problem.answer,
+            "completions": row["completions"],
+            "correct": [bool(next(correct)) for _ in row["completions"]],
+            "finish_reason": row["finish_reason"],
+        }
+        for (problem, _), row in zip(items, done, strict=True)
+    ]
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -191,6 +249,8 @@ def grade_completions(rows: list[dict]) -> tuple[dict, list[dict], list[tuple[in
 
 def fill(cfg: EvalConfig, given: dict) -> EvalConfig:
     """What was not typed, from the run's config.json, or for the tiny world as it needs it."""
+    if cfg.adapter and not cfg.run:
+        cfg = over_its_base(cfg, given)
     values: dict = {"data": "deepscaler"} if cfg.labels else {}
     if cfg.run:
         saved = read_config(cfg.run)
@@ -206,7 +266,8 @@ def fill(cfg: EvalConfig, given: dict) -> EvalConfig:
         values |= {"max_new_tokens": tiny.RESPONSE_TOKENS, "rollout_rows": 1024}
     if cfg.labels:
         values |= {"k": 64, "temperature": 1.0, "prompt": "none"}
-    return replace(cfg, **{key: value for key, value in values.items() if key not in given})
+    cfg = replace(cfg, **{key: value for key, value in values.items() if key not in given})
+    return over_its_base(cfg, given) if cfg.run and cfg.adapter else cfg
 
 
 def load_for_eval(cfg: EvalConfig) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
@@ -214,6 +275,8 @@ def load_for_eval(cfg: EvalConfig) -> tuple[torch.nn.Module, PreTrainedTokenizer
     device, dtype = choose_device(cfg.device, cfg.dtype)
     name = tiny.resolve(cfg.model)
     tokenizer = load_tokenizer(name)
+    if warning := stale(cfg.adapter or name):
+        print(f"warning: {warning}")
     model = load_model(name, cfg.quant, dtype, device)
     if cfg.adapter:
         load_adapter(model, cfg.adapter)
@@ -297,13 +360,13 @@ def main(argv: list[str]) -> None:
     items, dropped = prepare(problems, cfg.prompt, tokenizer, cfg.max_prompt_tokens)
     if dropped:
         print(f"{dropped} problems longer than {cfg.max_prompt_tokens} prompt tokens dropped")
-    summary, rows = evaluate(
-        model, tokenizer, items, cfg.k, cfg.temperature, cfg.max_new_tokens, cfg.seed,
-        cfg.rollout_rows, cfg.top_p, cfg.top_k,
-    )  # fmt: skip
     name = Path(cfg.model).name
     folder = Path(cfg.out or (Path(cfg.run) / "eval" if cfg.run else Path("out") / f"eval-{name}"))
-    save_rows(rows, folder / "completions.jsonl")
+    sampling = Sampling(
+        cfg.k, cfg.temperature, cfg.max_new_tokens, cfg.seed, cfg.rollout_rows, cfg.top_p, cfg.top_k
+    )
+    path = folder / "completions.jsonl"
+    summary, _ = evaluate(model, tokenizer, items, sampling, path=path)
     (folder / "summary.json").write_text(json.dumps({**vars(cfg), **summary}, indent=1) + "\n")
     report(summary, folder)
 

@@ -33,16 +33,23 @@ BINS = 12
 # -------------------------------------------------------------------------------------- advantages
 
 
-def advantages(rewards: torch.Tensor, group_size: int, norm: AdvNorm = "group") -> torch.Tensor:
+def advantages(
+    rewards: torch.Tensor,
+    group_size: int,
+    norm: AdvNorm = "group",
+    rounding: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Advantages float32 [B] of rewards float32 [B]; groups are consecutive rows.
+
+    rounding: float32 [P], how far apart the rewards of a group may lie by rounding alone.
 
     group          (r - mean) / (std + 1e-9), std unbiased: GRPO, arXiv 2402.03300
     group_mean     r - mean: Dr. GRPO, arXiv 2503.20783
     leave_one_out  r - mean of the others = G / (G - 1) (r - mean): RLOO, arXiv 2402.14740
     raw            r, no baseline at all
 
-    But for raw, a group whose rewards are all equal has advantage exactly 0: by the formula,
-    rounding of its mean would be divided by 1e-9.
+    A group whose rewards are all equal has advantage exactly 0 (raw excepted), and so has a group
+    whose rewards differ by no more than rounding: the formula would divide noise by its own size.
     """
     if norm == "raw":
         return rewards.float()
@@ -52,14 +59,17 @@ def advantages(rewards: torch.Tensor, group_size: int, norm: AdvNorm = "group") 
         centred = centred / (groups.std(1, keepdim=True) + 1e-9)
     if norm == "leave_one_out" and group_size > 1:
         centred = centred * group_size / (group_size - 1)
-    flat = flat_groups(rewards, group_size)
+    flat = flat_groups(rewards, group_size, rounding)
     return centred.masked_fill(flat[:, None], 0.0).view(-1).float()
 
 
-def flat_groups(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Which groups have equal rewards throughout, and so nothing to teach: bool [P]."""
+def flat_groups(
+    rewards: torch.Tensor, group_size: int, rounding: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Which groups have rewards that are equal, up to rounding [P], and teach nothing: bool [P]."""
     groups = rewards.view(-1, group_size)
-    return groups.amax(1) == groups.amin(1)
+    spread = groups.amax(1) - groups.amin(1)
+    return spread <= (0.0 if rounding is None else rounding)
 
 
 def whiten(advantage: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import grading
 import grpo
@@ -13,23 +14,34 @@ from data import Rollouts
 from harness.expressions import Reward
 
 
-def describe(r: Rollouts, reward: torch.Tensor, watched: list[Reward]) -> dict:
+def describe(
+    r: Rollouts,
+    reward: torch.Tensor,
+    rounding: torch.Tensor,
+    watched: list[Reward],
+    failed: set[str],
+) -> dict:
     """The step's metrics that the rollouts alone decide, before any update.
 
-    reward float32 [B] is the trained one. What the base policy alone can say is None where it was
-    not asked. For it and, under its own name, for each watched reward
-    whose inputs are there: mean, group std (unbiased, mean over groups), share of flat groups, and
-    AUROC against correctness (None where all or none are right).
+    reward float32 [B] is the trained one; rounding float32 [P] is its error (rewards.rounding).
+    For it and, under its own name, for each watched reward whose inputs are there: mean, group std
+    (unbiased, mean over groups), share of flat groups, and AUROC against correctness (None where
+    all or none are right). A watched reward that fails is logged as None, with one warning; failed
+    holds the names that were warned of. What only the base policy knows is None where it was not
+    asked.
     """
     tokens = r.length.sum().item()
     correct = torch.tensor(grading.correct(r.text, [p.answer for p in r.problem]))
     length = r.length.float()
     gap = (r.sampler_logp - r.old_logp).abs()
     trained = summarize_reward(reward, correct, r.group_size)
+    near_flat = grpo.flat_groups(reward, r.group_size, rounding).float().mean().item()
+    kl = None if r.ref_logp is None else grpo.kl(r.old_logp, r.ref_logp)[r.mask].mean().item()
     metrics = {
         "reward": trained["mean"],
         "reward_std": trained["std"],
-        "flat_groups": trained["flat"],
+        "flat_groups": near_flat,
+        "flat_by_rounding": near_flat - trained["flat"],
         "reward_auroc": trained["auroc"],
         "accuracy": correct.float().mean().item(),
         "code_frequency": rewards.parse("python")(r).mean().item(),
@@ -40,18 +52,30 @@ def describe(r: Rollouts, reward: torch.Tensor, watched: list[Reward]) -> dict:
         "truncated": 1 - r.finished.float().mean().item(),
         "entropy": r.entropy.sum().item() / tokens,
         "token_prob": r.old_logp[r.mask].exp().mean().item(),
-        "kl": None if r.ref_logp is None
-        else grpo.kl(r.old_logp, r.ref_logp)[r.mask].mean().item(),
+        "kl": kl,
         "sampler_gap": gap.sum().item() / tokens,
         "sampler_gap_max": gap.max().item(),
-    }  # fmt: skip
+    }
     for one in watched:
-        if one.missing(r) == ["base_self_certainty"]:  # a step the base did not score: base_every
-            metrics |= dict.fromkeys(f"{one}/{name}" for name in ("mean", "std", "flat", "auroc"))
-        elif not one.missing(r):
-            summary = summarize_reward(one(r), correct, r.group_size)
+        if one.missing(r) in ([], ["base_self_certainty"]):  # base_every spares the base model
+            summary = watch(one, r, correct, failed)
             metrics |= {f"{one}/{name}": value for name, value in summary.items()}
     return metrics | {"grader_timeouts": grading.grader().timeouts}
+
+
+def watch(one: Reward, r: Rollouts, correct: torch.Tensor, failed: set[str]) -> dict:
+    """summarize_reward of a watched reward; None for each figure where it cannot be computed."""
+    nothing = dict.fromkeys(("mean", "std", "flat", "auroc"))
+    if one.missing(r):
+        return nothing
+    try:
+        return summarize_reward(one(r), correct, r.group_size)
+    except Exception as error:  # whatever a reward does, it must not stop a run that trains another
+        if str(one) not in failed:
+            failed.add(str(one))
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            tqdm.write(f"warning: reward {one} is logged as null, since it failed: {reason}")
+        return nothing
 
 
 def describe_clip(stats: list[dict[str, torch.Tensor]]) -> dict:

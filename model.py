@@ -174,6 +174,16 @@ def logits(model_head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     return _Float32Logits.apply(hidden, weight, model_head.bias)
 
 
+def rounding_error(model: nn.Module) -> float:
+    """About how far rounding moves the log-probability of a token, in nats.
+
+    The unit roundoff of the forward pass times log V, the scale of the logits: 0.05 for bf16 and
+    150,000 tokens, three to six times what tools.noise measures on real models.
+    """
+    vocabulary = head(model).weight.shape[0]
+    return torch.finfo(model.dtype).eps / 2 * math.log(vocabulary)
+
+
 class _Float32Logits(torch.autograd.Function):
     """h W^T + b in fp32 of bf16 or fp16 h [n, H], W [V, H], b [V] or None.
 

@@ -22,6 +22,7 @@ the logits one position earlier; the end token counts (model.token_stats).
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from typing import Literal
@@ -237,10 +238,10 @@ def neg_entropy(
 @reward(
     formula="sum (or mean) over response tokens of log p(y_t), p of the policy that sampled",
     source="EM-RL-sequence 2505.15134",
-    needs=("old_logp",),
+    needs=("logp",),
 )
 def logp(rollouts, over: Literal["sum", "mean"] = "sum") -> Tensor:
-    return _over_tokens(rollouts, rollouts.old_logp, over)
+    return _over_tokens(rollouts, rollouts.logp, over)
 
 
 @reward(
@@ -259,7 +260,43 @@ def _over_tokens(rollouts, values: Tensor, over: str) -> Tensor:
     return total if over == "sum" else total / rollouts.mask.sum(1).clamp(min=1)
 
 
-# ---- how well a reward tells right from wrong
+# ---- how well a reward tells right from wrong, and how exactly it is known
+
+
+SCORES = ("logp", "entropy", "self_certainty", "base_self_certainty")  # [B, R], of a forward pass
+
+
+def rounding(reward: Reward, rollouts, error: float) -> Tensor:
+    """How far apart the rewards of a group may lie by rounding alone: float32 [P].
+
+    error: rounding error of a token's score, in nats (model.rounding_error). The reward is computed
+    anew four times from scores that each moved by the error, up or down at random, and the bound is
+    three times the root mean square of the group's changes. So a mean over n tokens is known to
+    about error / sqrt(n), a sum to error x sqrt(n), and any expression as it combines them. 0 for a
+    reward that reads no scores.
+    """
+    groups = len(rollouts.text) // rollouts.group_size
+    scored = [n for n in SCORES if n in reward.needs]
+    second = [n.partition(":")[2] for n in reward.needs if n.startswith("cross_logp:")]
+    if not scored and not second:
+        return torch.zeros(groups)
+    generator = torch.Generator().manual_seed(0)
+
+    def moved(values: Tensor, size: Tensor | float) -> Tensor:
+        signs = torch.randint(0, 2, values.shape, generator=generator) * 2 - 1
+        return values + signs * (size + 2**-24 * values.abs())  # and of fp32 itself
+
+    value, changes = reward(rollouts), []
+    for _ in range(4):
+        other = copy.copy(rollouts)
+        for name in scored:
+            setattr(other, name, moved(getattr(rollouts, name), error))
+        mean_error = error / rollouts.length.clamp(min=1).sqrt()  # [B], of a mean over its tokens
+        means = {name: moved(rollouts.cross_logp[name], mean_error) for name in second}
+        other.cross_logp = rollouts.cross_logp | means
+        changes.append(reward(other) - value)
+    squares = torch.stack(changes).square().view(4, groups, -1)  # [4, P, G]
+    return 3 * squares.mean((0, 2)).sqrt()
 
 
 def auroc(score: np.ndarray, label: np.ndarray) -> float:

@@ -17,10 +17,10 @@ import grading
 from data import Problem, load_problems, prepare
 from engine import EVAL_NOISE, decode, generate
 from eval import load_for_eval
-from harness.checkpoint import read_config, trained_weights
 from harness.configurator import configure
 from harness.errors import UserError, run
 from harness.progress import Progress
+from harness.runfiles import over_its_base, read_config, stale, trained_weights
 from lora import adapter_off
 from model import end_token_ids, load_model
 from tasks import tiny
@@ -32,9 +32,9 @@ class SampleConfig:
 
     # Which models
     run: str = ""  # folder of a training run: its base model and what came of it
-    model: str = ""  # hub id, folder, or tiny / tiny_bad; alone, or the base under adapter
-    adapter: str = ""  # folder of an adapter in PEFT's format, put on the model
-    quant: Literal["none", "nf4"] = "none"  # 4-bit weights through bitsandbytes
+    model: str = ""  # hub id, folder, or tiny / tiny_bad; alone, or the adapter's base
+    adapter: str = ""  # folder of an adapter in PEFT's format, put on its base model
+    quant: Literal["none", "nf4"] = "none"  # 4-bit weights; not typed: as the adapter records it
     # What they are asked
     question: str = ""  # "" = take a row of the data
     data: str = "math500"  # math500, gsm8k, a .jsonl file, a folder, a hub id, tiny
@@ -53,6 +53,8 @@ class SampleConfig:
 
 def fill(cfg: SampleConfig, given: dict) -> SampleConfig:
     """What was not typed, from the run's config.json, or for the tiny world as it needs it."""
+    if cfg.adapter and not cfg.run:
+        cfg = over_its_base(cfg, given)
     values = {}
     if cfg.run:
         saved = read_config(cfg.run)
@@ -61,7 +63,8 @@ def fill(cfg: SampleConfig, given: dict) -> SampleConfig:
         values |= {k: v for k, v in trained_weights(cfg.run).items() if k == "adapter"}
     elif tiny.is_tiny(cfg.model):
         values = {"data": cfg.model, "prompt": "none"}
-    return replace(cfg, **{key: value for key, value in values.items() if key not in given})
+    cfg = replace(cfg, **{key: value for key, value in values.items() if key not in given})
+    return over_its_base(cfg, given) if cfg.run and cfg.adapter else cfg
 
 
 def printable(text: str) -> str:
@@ -127,7 +130,10 @@ def main(argv: list[str]) -> None:
         columns = {"base": answer(model, tokenizer, ids, cfg, "base")}
     if cfg.run and not cfg.adapter:  # full training: a model of its own
         weights = next(model.parameters())
-        model = load_model(str(Path(cfg.run) / "model"), "none", weights.dtype, weights.device)
+        name = str(Path(cfg.run) / "model")
+        if warning := stale(name):
+            print(f"warning: {warning}")
+        model = load_model(name, "none", weights.dtype, weights.device)
     if cfg.run or cfg.adapter:
         columns["trained"] = answer(model, tokenizer, ids, cfg, "trained")
 

@@ -9,8 +9,8 @@ import torch
 
 import rewards
 from grpo import AdvNorm, Clip, KLType, Loss, LossAgg
-from harness.checkpoint import read_config
 from harness.errors import UserError
+from harness.runfiles import read_config
 from lora import RolloutWeights
 
 
@@ -206,18 +206,43 @@ def needs_base(cfg: Config) -> bool:
 
 def early_warning(cfg: Config, steps: list[dict]) -> str:
     """A line, once, on what does not work by the metrics of all steps of this process; else ""."""
-    flat = [m["flat_groups"] == 1 for m in steps]
-    if len(steps) == 5 and all(flat) and cfg.adv_norm != "raw":
-        return (f"reward={cfg.reward} gave each group one value for five steps: "
-                "while that lasts nothing is learned")  # fmt: skip
-    clipped = any(m["clip_frac_low"] + m["clip_frac_high"] > 0 for m in steps)
-    if len(steps) == 10 and can_clip(cfg) and cfg.lr > 0 and not clipped and not all(flat):
-        if cfg.loss == "cispo":
-            return "no ratio reached cispo_cap in 10 steps, so it is not being tested: raise lr"
-        lower = {"both": "clip_low and clip_high", "low": "clip_low", "high": "clip_high"}[cfg.clip]
-        return (f"nothing was clipped in 10 steps, so clip={cfg.clip} is not being tested: "
-                f"raise lr or lower {lower}")  # fmt: skip
+    if len(steps) == 5:
+        return _nothing_to_learn(cfg, steps)
+    if len(steps) == 10 and can_clip(cfg) and cfg.lr > 0:
+        return _nothing_clipped(cfg, steps)
     return ""
+
+
+def _nothing_to_learn(cfg: Config, steps: list[dict]) -> str:
+    """Why five steps taught nothing: the cause first, if it is known."""
+    truncated = sum(m["truncated"] for m in steps) / len(steps)
+    flat = all(m["flat_groups"] == 1 for m in steps) and cfg.adv_norm != "raw"
+    if truncated > 0.9 and (flat or cfg.truncated != "keep"):
+        lost = {"keep": "get no reward", "mask": "are left out of the loss", "zero": "get reward 0"}
+        return (
+            f"{truncated:.0%} of the responses were cut off at max_new_tokens={cfg.max_new_tokens} "
+            f"and {lost[cfg.truncated]}: raise max_new_tokens, or ask for shorter answers by prompt"
+        )
+    if flat:
+        return (
+            f"reward={cfg.reward} gave each group one value for five steps: "
+            "while that lasts nothing is learned"
+        )
+    return ""
+
+
+def _nothing_clipped(cfg: Config, steps: list[dict]) -> str:
+    """What to change where ten steps clipped nothing although some group could teach something."""
+    clipped = any(m["clip_frac_low"] + m["clip_frac_high"] > 0 for m in steps)
+    if clipped or all(m["flat_groups"] == 1 or m["grad_norm"] == 0 for m in steps):
+        return ""
+    if cfg.loss == "cispo":
+        return "no ratio reached cispo_cap in 10 steps, so it is not being tested: raise lr"
+    lower = {"both": "clip_low and clip_high", "low": "clip_low", "high": "clip_high"}[cfg.clip]
+    return (
+        f"nothing was clipped in 10 steps, so clip={cfg.clip} is not being tested: "
+        f"raise lr or lower {lower}"
+    )
 
 
 def keep_settled(cfg: Config) -> Config:
@@ -243,9 +268,7 @@ def learning_rate(cfg: Config, update_index: int) -> float:
     return cfg.lr * shape[cfg.lr_schedule]
 
 
-def loss_knobs(cfg: Config, update_index: int) -> dict:
-    """grpo.policy_loss' knobs at an update, counted from 0 over the whole run."""
+def hoelder_exponent(cfg: Config, update_index: int) -> float:
+    """The exponent p of loss=hoelder at an update, counted from 0 over the whole run."""
     last = cfg.steps * cfg.updates_per_step - 1
-    p = cfg.hoelder_p + (cfg.hoelder_p_end - cfg.hoelder_p) * update_index / max(last, 1)
-    names = ("clip", "clip_low", "clip_high", "loss_agg", "loss", "cispo_cap")
-    return {name: getattr(cfg, name) for name in names} | {"hoelder_p": p}
+    return cfg.hoelder_p + (cfg.hoelder_p_end - cfg.hoelder_p) * update_index / max(last, 1)

@@ -2,13 +2,13 @@
 
     python train.py config/random_reward.py                     # the scale that fits this machine
     python train.py config/random_reward.py config/model/tiny.py --seed=1
-    python train.py --help                                      # every knob
+    python train.py --help                                      # every setting
 
-A step: sample -> score -> reward -> advantage -> update x 8 -> log -> eval -> checkpoint.
+Read `one_step` first. `setup` makes what it needs, `train` calls it once a step.
 
 Departures from the papers ("Spurious Rewards", arXiv 2506.10947, and INTUITOR, 2505.19590):
  - LoRA on every linear layer but the head, over NF4 weights, where the papers train all weights.
-   Its learning rate is higher in return, chosen by the clip fraction (README, "Learning rate").
+   Its learning rate is higher in return, chosen by the clip fraction (docs/TRAINING.md).
  - The loss is a mean over the tokens of the whole mini-batch (DAPO); the released code of "Spurious
    Rewards" takes it over a packed micro-batch and then over micro-batches.
  - Advantages are not whitened over the batch unless asked for by whiten=True (the released code
@@ -17,15 +17,15 @@ Departures from the papers ("Spurious Rewards", arXiv 2506.10947, and INTUITOR, 
    (config/model/qwen2.5_math_1.5b_paper.py has the papers').
  - Problems of the training set that occur in the eval set are dropped.
 
-What is random in a step is a function of (seed, step): a resumed run equals an uninterrupted one.
+Everything random in a step is a function of (seed, step). On the CPU a resumed run therefore equals
+an uninterrupted one to the bit.
 """
 
 import copy
 import math
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
-from dataclasses import asdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -37,24 +37,18 @@ from transformers import PreTrainedTokenizerBase
 
 import grpo
 import rewards
-from data import (
-    Problem,
-    Rollouts,
-    batch_indices,
-    load_problems,
-    partition,
-    prepare,
-    subset,
-)
+from data import Problem, Rollouts, batch_indices, load_problems, partition, prepare, subset
 from engine import TRAIN_NOISE, decode, decode_raw, generate
-from eval import evaluate
-from harness.checkpoint import RunFolder, StopOnCtrlC, save_rows
+from eval import Sampling, evaluate
+from harness.checkpoint import RunFolder
 from harness.configurator import configure, format_config
 from harness.errors import UserError, run
-from harness.memory import LastStep, decode_with, peak_memory, phase, settle
+from harness.expressions import Reward
+from harness.memory import DecodeWeights, decode_with, peak_memory, phase, settle
 from harness.progress import Progress
 from harness.second_model import SecondModel, default_second_model
-from lora import add_lora, reference, trainable
+from harness.stopping import LastStep, StopOnSignal
+from lora import adapter_off, add_lora, trainable
 from metrics import describe, describe_clip, sample_log, summary_table
 from model import (
     TokenStats,
@@ -64,6 +58,7 @@ from model import (
     end_token_ids,
     load_model,
     load_tokenizer,
+    rounding_error,
     token_stats,
 )
 from settings import (
@@ -72,9 +67,9 @@ from settings import (
     check,
     choose_scale,
     early_warning,
+    hoelder_exponent,
     keep_settled,
     learning_rate,
-    loss_knobs,
     needs_base,
 )
 from tasks import tiny
@@ -82,8 +77,63 @@ from tasks.problems import training_problems
 
 Tokenizer = PreTrainedTokenizerBase
 Items = list[tuple[Problem, list[int]]]  # problems and their prompts' token ids
-Parts = list[list[list[int]]]  # rows of each micro-batch of each mini-batch
-Base = Callable[[], AbstractContextManager[nn.Module]]  # inside, the base policy
+Parts = list[list[list[int]]]  # [updates][micro-batches][row numbers]
+
+
+@dataclass
+class Run:
+    """What a training run holds from step to step."""
+
+    cfg: Config
+    model: nn.Module
+    frozen: nn.Module | None  # the base model, where full training needs it; else see base_policy
+    tokenizer: Tokenizer
+    optimizer: torch.optim.Optimizer
+    items: Items  # training problems
+    eval_items: Items
+    reward: Reward
+    second_models: dict[str, SecondModel]
+    decode_weights: DecodeWeights
+    folder: RunFolder
+    watched: list[Reward] = field(default_factory=rewards.watched)  # logged at weight 0
+    failed: set[str] = field(default_factory=set)  # watched rewards that a warning has named
+
+
+# ---------------------------------------------------------------------------------------- the step
+
+
+def one_step(run: Run, step: int) -> tuple[dict, list[dict]]:
+    """Train for one step. Returns its metrics and some of its responses, both for the log."""
+    cfg, model = run.cfg, run.model
+    seconds: dict[str, float] = {}
+    # 1. Sample group_size responses to each of the step's prompts.
+    with phase("sample", seconds), decode_with(model, run.decode_weights):
+        rollouts = sample_rollouts(model, run.tokenizer, run.items, cfg, step)
+    # 2. Partition the rows into mini-batches and micro-batches, once for scoring and update.
+    total = (rollouts.prompt_len + rollouts.length).tolist()
+    parts = partition(total, cfg.updates_per_step, cfg.micro_batch_tokens, cfg.seed, step)
+    # 3. Score every token by the forward pass of the update.
+    with phase("score", seconds):
+        score(model, rollouts, parts, cfg, run.frozen, run.second_models)
+    with phase("reward", seconds):
+        # 4. Reward each response.
+        reward = run.reward(rollouts)  # [B]
+        if cfg.truncated == "zero":
+            reward = reward * rollouts.finished
+        # 5. Advantage: compare each response with the others of its group.
+        rounding = rewards.rounding(run.reward, rollouts, rounding_error(model))  # [P]
+        advantage = grpo.advantages(reward, cfg.group_size, cfg.adv_norm, rounding)  # [B]
+        if cfg.whiten:
+            advantage = grpo.whiten(advantage, tokens_in_loss(rollouts, cfg).sum(1))
+        metrics = describe(rollouts, reward, rounding, run.watched, run.failed)
+    # 6. Update the policy on each mini-batch in turn.
+    with phase("update", seconds):
+        if can_clip(cfg) and model.dtype == torch.bfloat16:
+            metrics["clip_noise"] = clip_noise(model, rollouts, advantage, parts, cfg)
+        metrics |= update(model, run.optimizer, rollouts, advantage, parts, cfg)
+    # 7. Log.
+    metrics = {"step": step, **metrics, **timings(rollouts, seconds)}
+    return metrics, sample_log(rollouts, reward, advantage)
 
 
 def _bar(parts: list, desc: str) -> tqdm:
@@ -91,13 +141,10 @@ def _bar(parts: list, desc: str) -> tqdm:
     return tqdm(parts, desc=desc, leave=False, disable=not sys.stderr.isatty())
 
 
-# ---------------------------------------------------------------------------------------- the step
-
-
 def sample_rollouts(
     model: nn.Module, tokenizer: Tokenizer, items: Items, cfg: Config, step: int
 ) -> Rollouts:
-    """Sample the step's prompts, group_size responses each, under the policy as it stands."""
+    """Sample group_size responses to each of the step's prompts under the current policy."""
     # Steps are counted from 1 here, the walk through the problems from 0.
     order = batch_indices(len(items), cfg.prompts_per_step, cfg.seed, step - 1)
     chosen = [items[i] for i in order]
@@ -141,21 +188,25 @@ def forward(
 @torch.no_grad()
 def score(
     model: nn.Module,
-    base: Base | None,
     rollouts: Rollouts,
     parts: Parts,
     cfg: Config,
-    verifiers: dict[str, SecondModel] | None = None,
+    frozen: nn.Module | None = None,
+    second_models: dict[str, SecondModel] | None = None,
 ) -> None:
-    """Fill old_logp, entropy, self_certainty; ref_logp and base_self_certainty where there is a
-    base policy; cross_logp of each second model.
+    """Fill the scores of rollouts: old_logp, entropy, self_certainty; of the base policy ref_logp
+    and base_self_certainty, where this step needs it; cross_logp of each second model.
 
-    On the same micro-batches and by the same forward as the update: in bf16 another batch shape
-    moves ratios by several percent, and the first ratio of a step must be exactly 1.
+    Scoring uses the micro-batches and the forward of the update: in bf16 another batch shape moves
+    ratios by several percent, and the first ratio of a step must be exactly 1. The base policy is
+    `frozen`, or the model with its adapter off.
     """
     ours = {"old_logp": "logp", "entropy": "entropy", "self_certainty": "self_certainty"}
-    theirs = {"ref_logp": "logp", "base_self_certainty": "self_certainty"} if base else {}
-    for name in (*ours, *theirs):
+    theirs = {"ref_logp": "logp", "base_self_certainty": "self_certainty"}
+    base = frozen or (model if cfg.lora_r else None)
+    if not needs_base(cfg) and rollouts.step % cfg.base_every:
+        base = None
+    for name in (*ours, *(theirs if base else ())):
         setattr(rollouts, name, torch.zeros(rollouts.mask.shape))
 
     def store(stats: TokenStats, names: dict[str, str], rows: list[int]) -> None:
@@ -166,10 +217,11 @@ def score(
     for rows in _bar([rows for mini in parts for rows in mini], "  score"):
         store(forward(model, rollouts, rows, cfg, ours.values()), ours, rows)
         if base:
-            with base() as base_model:
-                store(forward(base_model, rollouts, rows, cfg, theirs.values()), theirs, rows)
-    for name, verifier in (verifiers or {}).items():
-        rollouts.cross_logp[name] = verifier.mean_logp(rollouts, cfg.micro_batch_tokens)
+            with adapter_off(base):
+                store(forward(base, rollouts, rows, cfg, theirs.values()), theirs, rows)
+    for name, second in (second_models or {}).items():
+        rollouts.cross_logp[name] = second.mean_logp(rollouts, cfg.micro_batch_tokens)
+    rollouts.share_scores_of_twins()
 
 
 def tokens_in_loss(rollouts: Rollouts, cfg: Config) -> torch.Tensor:
@@ -179,6 +231,43 @@ def tokens_in_loss(rollouts: Rollouts, cfg: Config) -> torch.Tensor:
     return rollouts.mask
 
 
+def loss_of(
+    scored: TokenStats,
+    rollouts: Rollouts,
+    advantage: torch.Tensor,
+    rows: list[int],
+    normalizer: float,
+    cfg: Config,
+    update_index: int,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of one micro-batch, and what the clip did in it (grpo.policy_loss).
+
+    update_index counts the updates of the whole run from 0.
+    """
+    logp = scored.logp  # [b, R]
+    device, R = logp.device, logp.shape[1]
+    mask = tokens_in_loss(rollouts, cfg)[rows, :R].to(device)
+    loss, stats = grpo.policy_loss(
+        logp,
+        rollouts.old_logp[rows, :R].to(device),
+        advantage[rows].to(device),
+        mask,
+        normalizer,
+        clip=cfg.clip,
+        clip_low=cfg.clip_low,
+        clip_high=cfg.clip_high,
+        loss_agg=cfg.loss_agg,
+        loss=cfg.loss,
+        cispo_cap=cfg.cispo_cap,
+        hoelder_p=hoelder_exponent(cfg, update_index),
+        alignment=scored.alignment,
+    )
+    if cfg.kl_coef > 0:
+        kl = grpo.kl(logp, rollouts.ref_logp[rows, :R].to(device), cfg.kl_type)
+        loss = loss + cfg.kl_coef * grpo.aggregate(kl, mask, cfg.loss_agg, normalizer)
+    return loss, stats
+
+
 def update(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -186,194 +275,222 @@ def update(
     advantage: torch.Tensor,
     parts: Parts,
     cfg: Config,
-    lrs: list[float],
 ) -> dict:
-    """One pass over the step's mini-batches, an optimiser update each at its rate in lrs.
+    """One pass over the step's mini-batches, with one optimiser update for each.
 
-    advantage float32 [B]. Returns what happened: the clip's doing, ratios, gradient norm, rate.
+    advantage float32 [B]. Returns what the clip did, the ratios, gradient norm and learning rate.
     """
     in_loss = tokens_in_loss(rollouts, cfg)
-    device = next(model.parameters()).device
     parameters = list(trainable(model).values())
     also = ("alignment",) if can_clip(cfg) else ()
     first = (rollouts.step - 1) * cfg.updates_per_step  # updates done before this step
     seen, norms = [], []
-    for i, (mini, lr) in enumerate(_bar(list(zip(parts, lrs, strict=True)), "  update")):
+    for i, mini in enumerate(_bar(parts, "  update"), start=first):
+        # The normaliser counts the whole mini-batch, so micro-batches do not change the gradient.
         rows_in_mini = [row for rows in mini for row in rows]
         normalizer = grpo.normalizer(in_loss[rows_in_mini], cfg.loss_agg, cfg.max_new_tokens)
         for rows in mini:
             scored = forward(model, rollouts, rows, cfg, also)
-            logp = scored.logp  # [b, R]
-            R = logp.shape[1]
-            mask = in_loss[rows, :R].to(device)
-            loss, stats = grpo.policy_loss(
-                logp,
-                rollouts.old_logp[rows, :R].to(device),
-                advantage[rows].to(device),
-                mask,
-                normalizer,
-                **loss_knobs(cfg, first + i),
-                alignment=scored.alignment,
-            )
-            if cfg.kl_coef > 0:
-                kl = grpo.kl(logp, rollouts.ref_logp[rows, :R].to(device), cfg.kl_type)
-                loss = loss + cfg.kl_coef * grpo.aggregate(kl, mask, cfg.loss_agg, normalizer)
+            loss, stats = loss_of(scored, rollouts, advantage, rows, normalizer, cfg, i)
             loss.backward()
             seen.append(stats)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm))
         if not math.isfinite(norm):
             raise UserError(
-                f"the gradient is {norm} at step {rollouts.step}: lower --lr or --dtype=float32; "
-                "--resume=True goes on from the last checkpoint"
+                f"the gradient is {norm} at step {rollouts.step}: lower --lr or --dtype=float32"
             )
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = learning_rate(cfg, i)
         optimizer.step()
         optimizer.zero_grad()
         norms.append(norm)
-    return {**describe_clip(seen), "grad_norm": float(np.mean(norms)), "lr": lrs[-1]}
+    lr = optimizer.param_groups[0]["lr"]
+    return {**describe_clip(seen), "grad_norm": float(np.mean(norms)), "lr": lr}
+
+
+@torch.no_grad()
+def clip_noise(
+    model: nn.Module, rollouts: Rollouts, advantage: torch.Tensor, parts: Parts, cfg: Config
+) -> float | None:
+    """The clip fraction that rounding alone makes: the floor under clip_frac_low + clip_frac_high.
+
+    One micro-batch is scored again by the same weights, one row at a time, and its tokens are
+    counted as the loss counts them. None where every micro-batch has one row.
+    """
+    rows = next((rows for mini in parts for rows in reversed(mini) if len(rows) > 1), None)
+    if rows is None:
+        return None
+    seen = []
+    first = (rollouts.step - 1) * cfg.updates_per_step
+    for row in rows:
+        scored = forward(model, rollouts, [row], cfg)
+        seen.append(loss_of(scored, rollouts, advantage, [row], 1.0, cfg, first)[1])
+    clip = describe_clip(seen)
+    return clip["clip_frac_low"] + clip["clip_frac_high"]
+
+
+def timings(rollouts: Rollouts, seconds: dict[str, float]) -> dict:
+    """Speed, the seconds of each phase, and the memory in use at most so far."""
+    return {
+        "tokens_per_s": rollouts.length.sum().item() / seconds["sample"],
+        "seconds": sum(seconds.values()),
+        **{f"seconds_{name}": value for name, value in seconds.items()},
+        "peak_memory_gb": peak_memory(),
+    }
 
 
 # ----------------------------------------------------------------------------------------- the run
 
 
-def train(cfg: Config) -> list[dict]:
-    """Run (or go on with) a training run in cfg.out_dir; returns its metrics, one dict a step."""
+def setup(cfg: Config) -> Run:
+    """Load data, model and optimiser, settle what memory allows, and claim the run folder.
+
+    Raises UserError, before any training, for whatever can be found wrong by then.
+    """
     for warning in check(cfg):
         print(f"warning: {warning}")
-    reward_fn = rewards.parse(cfg.reward)
+    reward = rewards.parse(cfg.reward)
     device, dtype = choose_device(cfg.device, cfg.dtype)
     if cfg.lora_r == 0 and dtype != torch.float32:
         raise UserError("lora_r=0 in bfloat16 loses small updates to rounding: --dtype=float32")
-
-    # Data before weights: its mistakes show at once.
+    # Data comes before weights, so that its mistakes show at once.
     name = tiny.resolve(cfg.model)
     tokenizer = load_tokenizer(name)
+    items, eval_items = load_data(cfg, tokenizer, reward)
+
+    cfg = keep_settled(cfg)
+    folder = RunFolder(Path(cfg.out_dir), asdict(cfg), cfg.resume)
+    model = load_model(name, cfg.quant, dtype, device)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    longest_response = max(cfg.max_new_tokens, cfg.eval_new_tokens)
+    check_positions(model, cfg.max_prompt_tokens, longest_response)
+    frozen = None
+    if cfg.lora_r:
+        add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.seed)
+    else:
+        # Full training keeps no copy of the base unless loss or reward need one; kl is then null.
+        frozen = copy.deepcopy(model) if needs_base(cfg) else None
+        model.requires_grad_(True)
+    if cfg.gradient_checkpointing:
+        checkpoint_activations(model)
+    second_models = {
+        key: SecondModel(
+            tiny.resolve(default_second_model(cfg.model) if key == "default" else key),
+            tokenizer,
+            cfg.prompt,
+            cfg.quant,
+            dtype,
+            device,
+        )
+        for need, _, key in (need.partition(":") for need in reward.needs)
+        if need == "cross_logp"
+    }
+    models = [model, *([frozen] if frozen else []), *(m.model for m in second_models.values())]
+    decode_weights = settle(models, cfg)
+    folder.config = asdict(cfg)  # with what was settled, so that a resumed run keeps to it
+    return Run(
+        cfg,
+        model,
+        frozen,
+        tokenizer,
+        make_optimizer(model, cfg),
+        items,
+        eval_items,
+        reward,
+        second_models,
+        decode_weights,
+        folder,
+    )
+
+
+def load_data(cfg: Config, tokenizer: Tokenizer, reward: Reward) -> tuple[Items, Items]:
+    """The training and the eval problems with their prompts' tokens; says what was left out."""
     held_out = load_problems(tiny.resolve(cfg.eval_data), "test")  # all of it, whatever eval_n
     problems, dropped = training_problems(
-        cfg.train_data, held_out, reward_fn, cfg.one_shot, cfg.model, cfg.keep_duplicates
+        cfg.train_data, held_out, reward, cfg.one_shot, cfg.model, cfg.keep_duplicates
     )
     items, too_long = prepare(problems, cfg.prompt, tokenizer, cfg.max_prompt_tokens)
     chosen = subset(held_out, cfg.eval_n)
     eval_items, eval_long = prepare(chosen, cfg.prompt, tokenizer, cfg.max_prompt_tokens)
     print(f"train: {len(items)} problems (dropped: {dropped}, {too_long} too long)")
     print(f"eval: {len(eval_items)} problems ({eval_long} too long dropped)")
+    return items, eval_items
 
-    cfg = keep_settled(cfg)
-    recorded = asdict(cfg)
-    folder = RunFolder(Path(cfg.out_dir), recorded, cfg.resume)
-    model = load_model(name, cfg.quant, dtype, device)
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    eval_tokens = cfg.eval_new_tokens or cfg.max_new_tokens
-    check_positions(model, cfg.max_prompt_tokens, max(cfg.max_new_tokens, eval_tokens))
-    frozen = None
-    if cfg.lora_r:
-        add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.seed)
-    else:
-        # Full training keeps no copy of the base unless loss or reward need one; else kl is null.
-        frozen = copy.deepcopy(model) if needs_base(cfg) else None
-        model.requires_grad_(True)
-    base = partial(reference, model, frozen) if cfg.lora_r or frozen else None
-    if cfg.gradient_checkpointing:
-        checkpoint_activations(model)
-    verifiers = {
-        key: SecondModel(
-            tiny.resolve(default_second_model(cfg.model) if key == "default" else key),
-            tokenizer, cfg.prompt, cfg.quant, dtype, device,
-        )
-        for need, _, key in (need.partition(":") for need in reward_fn.needs)
-        if need == "cross_logp"
-    }  # fmt: skip
-    watched = rewards.watched()
+
+def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
+    """AdamW without weight decay, as in the papers, or plain SGD."""
     weights = list(trainable(model).values())
     if cfg.optimizer == "sgd":
-        optimizer = torch.optim.SGD(weights, cfg.lr)
-    else:
-        optimizer = torch.optim.AdamW(weights, cfg.lr, cfg.adam_betas, weight_decay=0.0)
-    per_update = math.ceil(cfg.prompts_per_step * cfg.group_size / cfg.updates_per_step)
-    models = [model, *([frozen] if frozen else []), *(v.model for v in verifiers.values())]
-    how, cfg.micro_batch_tokens = settle(
-        models, cfg.rollout_weights, cfg.micro_batch_tokens, per_update, cfg.max_prompt_tokens,
-        cfg.max_new_tokens, cfg.rollout_rows, cfg.gradient_checkpointing, eval_tokens,
-    )  # fmt: skip
-    if cfg.lora_r:
-        cfg.rollout_weights = "adapter" if how == "adapter" else "merged"
-    recorded |= asdict(cfg)  # config.json gets what was settled, and a resumed run goes on with it
+        return torch.optim.SGD(weights, cfg.lr)
+    return torch.optim.AdamW(weights, cfg.lr, cfg.adam_betas, weight_decay=0.0)
 
-    save = partial(folder.save_state, model, tokenizer, optimizer)
-    with folder, StopOnCtrlC() as stop, LastStep(model, optimizer, save) as last_step:
-        first, history = 1, []
+
+def run_eval(run: Run, step: int) -> None:
+    """Evaluate, and add the figures to the step's row of metrics.jsonl."""
+    cfg = run.cfg
+    tokens = cfg.eval_new_tokens or cfg.max_new_tokens
+    sampling = Sampling(cfg.eval_k, cfg.eval_temperature, tokens, cfg.seed, cfg.rollout_rows)
+    path = run.folder.folder / "eval" / f"step_{step:05d}.jsonl"
+    desc = f"eval at step {step}"
+    with phase("eval"), decode_with(run.model, run.decode_weights):
+        summary, _ = evaluate(run.model, run.tokenizer, run.eval_items, sampling, desc, path)
+    run.folder.log_eval(step, {f"eval_{key}": value for key, value in summary.items()})
+
+
+def train(cfg: Config) -> list[dict]:
+    """Start a training run in cfg.out_dir, or go on with it; returns its metrics, one dict a step.
+
+    A step is logged, saved where that is due, and then evaluated: an eval that is interrupted
+    costs nothing.
+    """
+    run = setup(cfg)
+    cfg, folder, history = run.cfg, run.folder, run.folder.history
+    save = partial(folder.save_state, run.model, run.tokenizer, run.optimizer)
+    with folder, StopOnSignal() as stop, LastStep(run.model, run.optimizer, save) as last_step:
+        done = 0
         if cfg.resume:
-            first = folder.load_state(model, optimizer) + 1
-            history = folder.truncate_logs(first - 1)
-            print(f"resumed after step {first - 1}")
-        last_step.done(first - 1)
+            done = folder.load_state(run.model, run.optimizer)
+            folder.repair_weights(run.model, run.tokenizer, done)
+            last_step.saved = done
+            print(f"resumed after step {done}")
+        last_step.done(done)
 
-        def run_eval(step: int) -> dict:
-            with phase("eval"), decode_with(model, how):
-                summary, graded = evaluate(
-                    model, tokenizer, eval_items, cfg.eval_k, cfg.eval_temperature,
-                    eval_tokens, cfg.seed, cfg.rollout_rows, desc=f"eval at step {step}",
-                )  # fmt: skip
-            save_rows(graded, folder.folder / "eval" / f"step_{step:05d}.jsonl")
-            return {f"eval_{key}": value for key, value in summary.items()}
+        def eval_is_due(step: int) -> bool:
+            due = cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps)
+            return bool(due) and not (history and "eval_accuracy" in history[-1])
 
-        def log(metrics: dict) -> None:
-            history.append(metrics)
-            folder.log("metrics.jsonl", [metrics])
-
-        if not history and cfg.eval_every:
-            log({"step": 0, **run_eval(0)})
-        bar = tqdm(range(first, cfg.steps + 1), desc=cfg.reward, initial=first - 1, total=cfg.steps)
+        if eval_is_due(done):  # before training, or where the last process got no further
+            with stop.at_once():
+                run_eval(run, done)
+        steps = range(done + 1, cfg.steps + 1)
+        bar = tqdm(steps, desc=cfg.reward, initial=done, total=cfg.steps)
         for step in bar:
-            seconds: dict[str, float] = {}
-            with phase("sample", seconds), decode_with(model, how):
-                rollouts = sample_rollouts(model, tokenizer, items, cfg, step)
-            total = (rollouts.prompt_len + rollouts.length).tolist()
-            parts = partition(total, cfg.updates_per_step, cfg.micro_batch_tokens, cfg.seed, step)
-            asked = needs_base(cfg) or step % cfg.base_every == 0
-            with phase("score", seconds):
-                score(model, base if asked else None, rollouts, parts, cfg, verifiers)
-            with phase("reward", seconds):
-                reward = reward_fn(rollouts)  # [B]
-                if cfg.truncated == "zero":
-                    reward = reward * rollouts.finished
-                advantage = grpo.advantages(reward, cfg.group_size, cfg.adv_norm)
-                if cfg.whiten:
-                    advantage = grpo.whiten(advantage, tokens_in_loss(rollouts, cfg).sum(1))
-                metrics = {"step": step, **describe(rollouts, reward, watched)}
-            done = (step - 1) * cfg.updates_per_step
-            lrs = [learning_rate(cfg, done + i) for i in range(cfg.updates_per_step)]
-            with phase("update", seconds):
-                metrics |= update(model, optimizer, rollouts, advantage, parts, cfg, lrs)
-            metrics |= {
-                "tokens_per_s": rollouts.length.sum().item() / seconds["sample"],
-                "seconds": sum(seconds.values()),
-                **{f"seconds_{name}": value for name, value in seconds.items()},
-                "peak_memory_gb": peak_memory(),
-            }
-            last = step == cfg.steps or stop.asked
-            if cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps):
-                metrics |= run_eval(step)
-            log(metrics)
-            if warning := early_warning(cfg, history[first - step - 1 :]):  # of this process
+            metrics, samples = one_step(run, step)
+            folder.log(metrics, samples)
+            if warning := early_warning(cfg, history[done - step :]):  # of this process
                 tqdm.write(f"warning: {warning}")
-            folder.log("samples.jsonl", sample_log(rollouts, reward, advantage))
+            last = step == cfg.steps or stop.asked or eval_is_due(step)
             if last or (cfg.save_every and step % cfg.save_every == 0):
-                save(step)
+                last_step.save(step)
             last_step.done(step)
-            clipped = metrics["clip_frac_low"] + metrics["clip_frac_high"]
-            bar.set_postfix_str(
-                f"reward {metrics['reward']:.3f} acc {metrics['accuracy']:.3f} clip {clipped:.1e} "
-                f"code {metrics['code_frequency']:.3f} {metrics['tokens_per_s']:,.0f} tok/s"
-            )
-            if stop.asked and step < cfg.steps:
-                bar.close()
-                print(f"stopped after step {step}, saved: --resume=True goes on")
-                raise KeyboardInterrupt
+            if eval_is_due(step):
+                with stop.at_once():
+                    run_eval(run, step)
+            bar.set_postfix_str(progress_line(metrics))
+            if step < cfg.steps:
+                stop.check()
     summary_table(history, folder.folder)
     return history
+
+
+def progress_line(metrics: dict) -> str:
+    """What the progress bar shows of a step."""
+    clipped = metrics["clip_frac_low"] + metrics["clip_frac_high"]
+    return (
+        f"reward {metrics['reward']:.3f} acc {metrics['accuracy']:.3f} clip {clipped:.1e} "
+        f"code {metrics['code_frequency']:.3f} {metrics['tokens_per_s']:,.0f} tok/s"
+    )
 
 
 def main(argv: list[str]) -> None:

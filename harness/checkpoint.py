@@ -4,30 +4,45 @@
     metrics.jsonl   one object a step          samples.jsonl   some responses of each step
     adapter/        PEFT's format (or model/, all weights)     eval/   completions of each eval
     state.safetensors   trainable weights and AdamW moments after the last checkpoint's step
+    interrupted-1/  logs of a run that ended here before its first checkpoint
 
 What is random in a step is a function of (seed, step), so there are no generators to save. Each
-file is written whole or not at all, and none of them is a pickle.
+file is written whole or not at all, and none of them is a pickle. The order is: log, state, weights
+for others, eval. Resuming makes up for whatever a crash left out of it.
 """
 
 import fcntl
+import itertools
 import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
-import threading
 from importlib import metadata
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from harness.errors import UserError
+from harness.runfiles import (
+    RECORD,
+    STATE,
+    read_config,
+    read_history,
+    read_jsonl,
+    read_record,
+    read_state,
+    save_rows,
+    write_json,
+)
 from lora import lora_layers, save_adapter, save_tensors, trainable
 
+# What a run without a checkpoint leaves behind. The completions of an unfinished eval
+# (eval/*.progress) stay in place: the same eval goes on with them.
+LOGS = ("config.json", "metrics.jsonl", "samples.jsonl", "eval/*.jsonl")
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "numpy", "math-verify", "tokenizers")
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of a parameter
 # What resuming cannot change: the saved tensors, or the meaning of what was logged, depend on it.
@@ -49,17 +64,22 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"out_dir={folder}: another process is running in it") from error
-        has_state = (folder / "state.safetensors").exists()
-        if (folder / "metrics.jsonl").exists() and not resume:
-            go_on = "go on with it by --resume=True, " if has_state else ""
+        self.history: list[dict] = []  # the rows of metrics.jsonl
+        self._resume, self.config = resume, config
+        saved = read_state(folder)
+        if resume and saved is None:
             raise UserError(
-                f"out_dir={folder}: holds a run: {go_on}name another --out_dir, or delete it"
+                f"out_dir={folder}: nothing to resume: no checkpoint in it: start without --resume"
             )
-        if resume and not has_state:
-            raise UserError(f"out_dir={folder}: nothing to resume: no checkpoint in it")
+        trained = [name for name in ("adapter", "model") if (folder / name).exists()]
+        if not resume and (saved or trained):
+            how = "go on with it by --resume=True, " if saved else ""
+            raise UserError(
+                f"out_dir={folder}: holds a run: {how}name another --out_dir, or delete it"
+            )
         if resume:
             self._compare(config)
-        self._config = config
+            self.history = read_history(folder, saved)
 
     def _compare(self, config: dict) -> None:
         saved = read_config(self.folder)
@@ -88,16 +108,48 @@ class RunFolder:
             tensors[f"weight:{name}"] = parameter
             for moment, value in optimizer.state[parameter].items():
                 tensors[f"{moment}:{name}"] = value
-        save_tensors(tensors, self.folder / "state.safetensors", {"steps_done": str(step)})
+        logged = sum(row["step"] <= step for row in self.history)
+        numbers = {"steps_done": str(step), "logged": str(logged)}
+        save_tensors(tensors, self.folder / STATE, numbers)
+        self._save_weights(model, tokenizer, step)
+
+    def _save_weights(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, step: int
+    ) -> None:
+        """The adapter, or the model. The record goes first and comes back last: while there is
+        none, or one of another step than the state's, the weights are not to be trusted."""
+        folder = self.folder / ("adapter" if lora_layers(model) else "model")
+        (folder / RECORD).unlink(missing_ok=True)
         if lora_layers(model):
-            save_adapter(model, self.folder / "adapter", self._config["model"])
+            save_adapter(model, folder, self.config["model"])
         else:
-            model.save_pretrained(self.folder / "model")
-            tokenizer.save_pretrained(self.folder / "model")
+            new = self.folder / "model.tmp"
+            shutil.rmtree(new, ignore_errors=True)
+            for part in (model, tokenizer):
+                part.save_pretrained(new)
+            folder.mkdir(exist_ok=True)
+            for file in new.iterdir():
+                os.replace(file, folder / file.name)
+            new.rmdir()
+        config = self.config
+        write_json(
+            folder / RECORD,
+            {"steps_done": step, "base_model": config["model"], "quant": config["quant"]},
+        )
+
+    def repair_weights(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, step: int
+    ) -> None:
+        """Write adapter/ or model/ again if a crash kept it from being of the state's step."""
+        folder = self.folder / ("adapter" if lora_layers(model) else "model")
+        found = read_record(folder).get("steps_done")
+        if found != step:
+            print(f"{folder}: of step {found}, written again as of step {step}")
+            self._save_weights(model, tokenizer, step)
 
     def load_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         """Restore weights and moments in place; returns the number of steps done."""
-        path = self.folder / "state.safetensors"
+        path = self.folder / STATE
         try:
             with safe_open(path, "pt") as file, torch.no_grad():
                 for name, parameter in trainable(model).items():
@@ -115,90 +167,51 @@ class RunFolder:
 
     # -------------------------------------------------------------------------------------- logs
 
-    def truncate_logs(self, steps_done: int) -> list[dict]:
-        """Drop what was logged after the checkpoint; returns the metrics that stay."""
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            kept = [row for row in read_jsonl(self.folder / name) if row["step"] <= steps_done]
-            temporary = self.folder / (name + ".tmp")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            os.replace(temporary, self.folder / name)
-        return read_jsonl(self.folder / "metrics.jsonl")
+    def log(self, metrics: dict, samples: list[dict]) -> None:
+        """Append a step to metrics.jsonl and samples.jsonl."""
+        self.history.append(metrics)
+        for name, rows in (("metrics.jsonl", [metrics]), ("samples.jsonl", samples)):
+            with open(self.folder / name, "a") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
 
-    def log(self, name: str, rows: list[dict]) -> None:
-        """Append rows to metrics.jsonl or samples.jsonl."""
-        with open(self.folder / name, "a") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    def log_eval(self, step: int, figures: dict) -> None:
+        """Add an eval's figures to the row of its step; before training there is none yet."""
+        if not self.history or self.history[-1]["step"] != step:
+            self.history.append({"step": step})
+        self.history[-1] |= figures
+        save_rows(self.history, self.folder / "metrics.jsonl")
+
+    def _cut_logs(self) -> None:
+        """Drop what was logged after the checkpoint."""
+        save_rows(self.history, self.folder / "metrics.jsonl")
+        done = int(read_state(self.folder)["steps_done"])
+        samples = read_jsonl(self.folder / "samples.jsonl")
+        kept = [row for row in samples if row.get("step", done + 1) <= done]
+        save_rows(kept, self.folder / "samples.jsonl")
+
+    def _set_aside(self) -> None:
+        """Move the logs of a run that has no checkpoint into a folder of their own."""
+        left = [path for pattern in LOGS for path in self.folder.glob(pattern)]
+        if all(path.name == "config.json" for path in left):  # nothing was logged
+            return
+        numbers = (n for n in itertools.count(1) if not (self.folder / f"interrupted-{n}").exists())
+        aside = self.folder / f"interrupted-{next(numbers)}"
+        for path in left:
+            to = aside / path.relative_to(self.folder)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, to)
+        print(f"a run ended here before its first checkpoint: its logs are in {aside}")
 
     def __enter__(self) -> "RunFolder":
-        write_json(self.folder / "config.json", {"config": self._config, **_provenance()})
+        if self._resume:
+            self._cut_logs()
+        else:
+            self._set_aside()
+        write_json(self.folder / "config.json", {"config": self.config, **_provenance()})
         return self
 
     def __exit__(self, *error) -> None:
         self._lock.close()
-
-
-class StopOnCtrlC:
-    """The first Ctrl-C lets the step end and saves; the second stops at once."""
-
-    asked = False
-
-    def __enter__(self) -> "StopOnCtrlC":
-        self.main = threading.current_thread() is threading.main_thread()  # else no signals
-        if self.main:
-            self.before = signal.signal(signal.SIGINT, self._ask)
-        return self
-
-    def __exit__(self, *error) -> None:
-        if self.main:
-            signal.signal(signal.SIGINT, self.before)
-
-    def _ask(self, *_) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        tqdm.write("stopping after this step; Ctrl-C again stops at once, without saving it")
-
-
-def read_config(folder: Path | str) -> dict:
-    """The configuration of a run. Raises UserError if the folder holds none."""
-    path = Path(folder) / "config.json"
-    try:
-        return json.loads(path.read_text())["config"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: no readable config.json of a run in it") from error
-
-
-def trained_weights(folder: Path | str) -> dict[str, str]:
-    """What a run made: {"adapter": folder}, or {"model": folder} where all weights were trained."""
-    for kind in ("adapter", "model"):
-        if (Path(folder) / kind).is_dir():
-            return {kind: str(Path(folder) / kind)}
-    raise UserError(f"{folder}: holds no checkpoint yet: wait, or name a model by --model")
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """Rows of a log; a last line that was cut off by a crash is dropped."""
-    rows = []
-    for line in path.read_text().split("\n")[:-1] if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
-
-
-def save_rows(rows: list[dict], path: Path) -> None:
-    """Write rows as .jsonl, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Write JSON whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 def _provenance() -> dict:

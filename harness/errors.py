@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -10,10 +11,19 @@ class UserError(ValueError):
     """Something the user can cause and mend. The message is one line: where, what, what to do."""
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal ended the work in good order; the exit status is 128 + its number."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+
+
 def run(main: Callable[[list[str]], None]) -> None:
     """Call main(sys.argv[1:]); end with one line, no traceback, where the code is not at fault.
 
-    Exit status: 2 for a UserError or a full disk, 130 for Ctrl-C, 141 for a closed pipe.
+    Exit status: 2 for a UserError or a full disk, 130 for Ctrl-C, 143 for TERM and 129 for HUP
+    where they are caught, 141 for a closed pipe.
     """
     try:
         main(sys.argv[1:])
@@ -21,8 +31,8 @@ def run(main: Callable[[list[str]], None]) -> None:
         return
     except UserError as error:
         line, status = f"error: {error}", 2
-    except KeyboardInterrupt:
-        line, status = "interrupted", 130
+    except KeyboardInterrupt as error:
+        line, status = "interrupted", 128 + getattr(error, "number", signal.SIGINT)
     except OSError as error:
         if error.errno == errno.EPIPE:
             line, status = "", 141

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from harness.configurator import as_type
@@ -128,9 +129,19 @@ class Leaf:
         return needs(**self.arguments) if callable(needs) else needs
 
     def __call__(self, rollouts: Any) -> Tensor:
-        out = self.entry.function(rollouts, **self.arguments).float().cpu()
-        if out.shape != (len(rollouts.text),) or not out.isfinite().all():
-            raise ValueError(f"reward {self.name} gave {out}: it owes one finite number a row")
+        """float32 [B]. An error inside the reward keeps its traceback and is told the name."""
+        rows = len(rollouts.text)
+        try:
+            out = torch.as_tensor(self.entry.function(rollouts, **self.arguments)).float().cpu()
+        except Exception as error:
+            error.add_note(f"in reward {self.name!r}")
+            raise
+        if out.shape != (rows,):
+            shape = tuple(out.shape)
+            raise UserError(f"reward {self.name!r} has shape {shape}: it must give {rows} numbers")
+        if not out.isfinite().all():
+            row = int((~out.isfinite()).nonzero()[0])
+            raise UserError(f"reward {self.name!r} is {out[row].item()} for response {row}")
         return out
 
 

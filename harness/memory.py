@@ -5,7 +5,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from engine import PREFILL_TOKENS, decode_setup, drop_slots
 from harness.errors import UserError
 from lora import computation_dtype, lora_layers, merged, trainable
 from model import LOGITS_CHUNK, head, token_stats
+from settings import Config
 
 # What decoding multiplies by: a merged copy that stays, one that is dropped after each use, or the
 # base and its adapter as they are.
@@ -217,33 +218,26 @@ def device_memory(device: torch.device) -> int:
     return min(limits)
 
 
-def settle(
-    models: list[nn.Module],
-    wanted: str,
-    micro_batch_tokens: int,
-    rows_in_update: int,
-    max_prompt_tokens: int,
-    max_new_tokens: int,
-    rollout_rows: int,
-    checkpointing: bool,
-    eval_new_tokens: int = 0,
-) -> tuple[DecodeWeights, int]:
-    """Print the plan, choose the rollout weights, try the worst case.
+def settle(models: list[nn.Module], cfg: Config) -> DecodeWeights:
+    """Print the plan, choose how decoding holds its weights, and try the worst case.
 
-    models: all that are loaded, the trained one first; wanted: auto, merged or adapter;
-    rows_in_update: responses of a mini-batch; eval_new_tokens: where evals decode more. Returns
-    the rollout weights and micro_batch_tokens that the run is to use. UserError where it cannot
-    fit.
+    models: all that are loaded, the trained one first. Writes what was settled to
+    cfg.micro_batch_tokens and cfg.rollout_weights. Raises UserError where the run cannot fit.
     """
-    lengths = (max_prompt_tokens, max_new_tokens)
-    rows, T = largest_micro_batch(micro_batch_tokens, rows_in_update, *lengths)
-    decoded = max_prompt_tokens + max(max_new_tokens, eval_new_tokens)
-    planned = plan(models, rows * T, decoded, rollout_rows, checkpointing)
-    how, reason = planned.choose(wanted)
+    rows_in_update = math.ceil(cfg.prompts_per_step * cfg.group_size / cfg.updates_per_step)
+    lengths = (cfg.max_prompt_tokens, cfg.max_new_tokens)
+    rows, T = largest_micro_batch(cfg.micro_batch_tokens, rows_in_update, *lengths)
+    decoded = cfg.max_prompt_tokens + max(cfg.max_new_tokens, cfg.eval_new_tokens)
+    planned = plan(models, rows * T, decoded, cfg.rollout_rows, cfg.gradient_checkpointing)
+    how, reason = planned.choose(cfg.rollout_weights)
     print(planned.table(how))
     print(f"rollout weights: {reason}")
-    tried = (micro_batch_tokens, rows_in_update, *lengths, rollout_rows, how, decoded)
-    return how, worst_case(models[0], *tried)
+    cfg.micro_batch_tokens = worst_case(
+        models[0], cfg.micro_batch_tokens, rows_in_update, *lengths, cfg.rollout_rows, how, decoded
+    )
+    if cfg.lora_r:
+        cfg.rollout_weights = "adapter" if how == "adapter" else "merged"
+    return how
 
 
 # ---------------------------------------------------------------------------------- the worst case
@@ -352,50 +346,6 @@ def phase(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
         raise OutOfMemory(f"out of GPU memory in phase {name!r}: lower {KNOBS[name]}") from error
     if seconds is not None:
         seconds[name] = time.perf_counter() - start
-
-
-class LastStep:
-    """Saves a run as of its last complete step where memory runs out in a later one.
-
-    Memory may run out between two updates of a step, when the weights belong to no step at all. So
-    `done` copies an adapter and its moments to the machine's memory at every step's end (12 bytes a
-    weight; 0.4 GB for r=32 at 1.5B). In full training that would be the whole model three times:
-    there nothing is saved beyond the last checkpoint, and the message says so.
-    """
-
-    def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, save: Callable[[int], None]
-    ):
-        self.optimizer, self.save = optimizer, save
-        self.parameters = list(trainable(model).values()) if lora_layers(model) else []
-        self.step: int | None = None
-        self.copies: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
-
-    def done(self, step: int) -> None:
-        """The step is complete and logged; 0 before the first one."""
-        self.step = step
-        # clone: on the CPU the copy would otherwise be the tensor itself
-        self.copies = [
-            (p.detach().to("cpu", copy=True),
-             {k: v.to("cpu", copy=True) for k, v in self.optimizer.state[p].items()})
-            for p in self.parameters
-        ]  # fmt: skip
-
-    def __enter__(self) -> "LastStep":
-        return self
-
-    @torch.no_grad()
-    def __exit__(self, kind, error, traceback) -> None:
-        if not isinstance(error, OutOfMemory):
-            return
-        saved = "the run goes on from its last checkpoint, if it has one, by --resume=True"
-        if self.copies:
-            for parameter, (weight, moments) in zip(self.parameters, self.copies, strict=True):
-                parameter.copy_(weight)
-                self.optimizer.state[parameter] = moments
-            self.save(self.step)
-            saved = f"saved as of step {self.step}, --resume=True goes on from there"
-        raise UserError(f"{error}; {saved}") from error
 
 
 def peak_memory() -> float:

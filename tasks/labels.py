@@ -145,7 +145,8 @@ def label(
             part = items[start : start + batch]
             out = generate(
                 model, [ids for _, ids in part], samples, max_new_tokens, ends,
-                (LABEL_NOISE, seed), temperature, top_p, top_k, rollout_rows, progress, start,
+                (LABEL_NOISE, seed), temperature, top_p, top_k, rollout_rows, progress,
+                range(start, start + len(part)),
             )  # fmt: skip
             texts = decode(tokenizer, out.tokens, out.prompt_len, out.length)
             flat = [grading.last_boxed(text) for text in texts]

@@ -7,6 +7,7 @@ import pytest
 
 import eval as evaluation
 from data import load_completions, load_problems, prepare
+from eval import Sampling
 from harness.errors import UserError
 from model import load_model, load_tokenizer
 
@@ -74,10 +75,12 @@ def test_samples_do_not_depend_on_the_batch(tiny_random):
     """The fault: evals that change with the batch size."""
     model, tokenizer = load_model(tiny_random), load_tokenizer(tiny_random)
     items, _ = prepare(load_problems(tiny_random, "test")[:12], "none", tokenizer, 32)
-    whole = evaluation.evaluate(model, tokenizer, items, 3, 1.0, 20, seed=1)
-    small = evaluation.evaluate(model, tokenizer, items, 3, 1.0, 20, seed=1, rollout_rows=5)
+    whole = evaluation.evaluate(model, tokenizer, items, Sampling(3, 1.0, 20, seed=1))
+    small = evaluation.evaluate(
+        model, tokenizer, items, Sampling(3, 1.0, 20, seed=1, rollout_rows=5)
+    )
     assert whole == small and whole[0]["n"] == 12 and whole[0]["k"] == 3
-    other = evaluation.evaluate(model, tokenizer, items, 3, 1.0, 20, seed=2)
+    other = evaluation.evaluate(model, tokenizer, items, Sampling(3, 1.0, 20, seed=2))
     assert other[1] != whole[1]
 
 

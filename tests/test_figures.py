@@ -7,8 +7,8 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
 
-from harness.checkpoint import save_rows
 from harness.errors import UserError
+from harness.runfiles import save_rows
 from tools import figures, plot
 from tools.parts.arms import Arm, load_arms
 from tools.parts.panels import draw_metrics

@@ -12,9 +12,9 @@ import eval as evaluation
 import train as trainer
 from data import partition
 from harness import memory
-from harness.checkpoint import read_config
 from harness.errors import UserError
 from harness.memory import largest_micro_batch, plan, worst_case
+from harness.runfiles import read_config
 from lora import add_lora, lora_layers, merged, trainable
 from model import _chunk_stats, backbone, checkpoint_activations, head, load_model, token_stats
 from settings import Config, check
@@ -275,7 +275,7 @@ def fails_once(monkeypatch, owner, name, call):
         (trainer, "score", 2, 1, "'score': lower --micro_batch_tokens"),
         (trainer.grpo, "policy_loss", 21, 2, "'update': lower --micro_batch_tokens"),
         (trainer.grpo, "policy_loss", 3, 0, "'update': lower --micro_batch_tokens"),
-        (trainer, "evaluate", 2, 1, "'eval': lower --rollout_rows"),
+        (trainer, "evaluate", 2, 2, "'eval': lower --rollout_rows"),
         (trainer, "evaluate", 1, 0, "'eval': lower --rollout_rows"),
     ],
 )
@@ -299,7 +299,7 @@ def test_full_training_goes_back_to_its_checkpoint(small, monkeypatch):
     whole = train(replace(cfg, out_dir=small.out_dir + "whole"))
     with monkeypatch.context() as patch:
         fails_once(patch, trainer, "update", 3)
-        with pytest.raises(UserError, match="goes on from its last checkpoint"):
+        with pytest.raises(UserError, match="saved as of step 2"):
             train(cfg)
     assert comparable(train(replace(cfg, resume=True))) == comparable(whole)
 

@@ -156,7 +156,7 @@ SCORED = dict(
     self_certainty=torch.tensor([[1.0, 2, 6], [4, 2, 9], [5, 9, 9], [9, 9, 9]]),
     base_self_certainty=torch.tensor([[2.0, 2, 2], [1, 2, 9], [3, 9, 9], [9, 9, 9]]),
     entropy=torch.tensor([[3.0, 0, 0], [1, 0, 9], [2, 9, 9], [9, 9, 9]]),
-    old_logp=torch.tensor([[-1.0, -2, 0], [-4, -1, -9], [-3, -9, -9], [-9, -9, -9]]),
+    logp=torch.tensor([[-1.0, -2, 0], [-4, -1, -9], [-3, -9, -9], [-9, -9, -9]]),
     cross_logp={"default": torch.tensor([-1.0, -2, -3, -4]), "a/b": torch.ones(4)},
 )
 
@@ -192,7 +192,7 @@ def test_rewards_over_response_tokens(expression, want):
         ("0.1 * self_certainty", "self_certainty"),
         ("self_certainty(base)", "base_self_certainty"),
         ("neg_entropy", "entropy"),
-        ("logp(mean)", "old_logp"),
+        ("logp(mean)", "logp"),
         ("length", "length"),
         ("cross_model(other)", "second model"),
     ],
@@ -419,8 +419,18 @@ def test_a_reward_owes_one_finite_number_a_row(registry):
         return torch.full((len(rollouts.text),), math.nan)
 
     for name in ("short", "bad"):
-        with pytest.raises(ValueError, match="one finite number a row"):
+        with pytest.raises(UserError, match=f"reward '{name}'"):
             score(name)
+
+
+def test_an_error_inside_a_reward_names_it(registry):
+    @rewards.reward(formula="", source="")
+    def broken(rollouts):
+        return 1 / 0
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        score("format + broken")
+    assert "broken" in caught.value.__notes__[0]
 
 
 # ---- scoring files

@@ -12,11 +12,19 @@ import rewards
 import train as trainer
 from data import Problem, Rollouts, partition
 from harness import configurator
-from harness.checkpoint import RunFolder, read_jsonl
+from harness.checkpoint import RunFolder
 from harness.errors import UserError
+from harness.runfiles import read_jsonl
 from lora import add_lora, lora_layers, trainable
 from model import load_model, token_stats
-from settings import Config, check, choose_scale, early_warning, learning_rate, loss_knobs
+from settings import (
+    Config,
+    check,
+    choose_scale,
+    early_warning,
+    hoelder_exponent,
+    learning_rate,
+)
 from tasks.problems import PI_1, pick_one
 from train import train
 
@@ -488,6 +496,7 @@ def test_base_every_leaves_the_weights_alone(small):
 def test_early_warnings():
     cfg = Config()
     idle = {"flat_groups": 0.5, "clip_frac_low": 0.0, "clip_frac_high": 0.0}
+    idle |= {"grad_norm": 1.0, "truncated": 0.0}
     flat, clipped = idle | {"flat_groups": 1.0}, idle | {"clip_frac_high": 1e-4}
     line = early_warning(cfg, [idle] * 10)
     assert "nothing was clipped in 10 steps, so clip=both is not being tested" in line
@@ -501,6 +510,14 @@ def test_early_warnings():
     assert "gave each group one value" in early_warning(cfg, [flat] * 5)
     assert early_warning(replace(cfg, adv_norm="raw"), [flat] * 5) == ""
     assert early_warning(cfg, [flat] * 4 + [idle]) == early_warning(cfg, []) == ""
+    # Where nearly every response is cut off, that is the cause, and not the flat groups.
+    cut = {"truncated": 0.97}
+    for changes, row in (({}, flat), ({"truncated": "zero"}, flat), ({"truncated": "mask"}, idle)):
+        line = early_warning(replace(cfg, **changes), [row | cut] * 5)
+        assert "97%" in line and "max_new_tokens=3072" in line and "\n" not in line
+    assert early_warning(cfg, [idle | cut] * 5) == ""
+    masked = idle | {"grad_norm": 0.0, "truncated": 1.0}
+    assert early_warning(replace(cfg, truncated="mask"), [masked] * 10) == ""
 
 
 def test_a_clip_that_nothing_meets_is_warned_of_once(small, capsys):
@@ -528,9 +545,9 @@ def rollouts(tokenizer_end=0):
 def sgd_step(model, cfg, parts, r, advantage):
     """The adapter's movement in one SGD update of train.update."""
     before = {k: v.detach().clone() for k, v in trainable(model).items()}
-    trainer.score(model, None, r, parts, cfg)
+    trainer.score(model, r, parts, replace(cfg, base_every=2))
     optimizer = torch.optim.SGD(trainable(model).values(), lr=1.0)
-    trainer.update(model, optimizer, r, advantage, parts, cfg, [1.0] * len(parts))
+    trainer.update(model, optimizer, r, advantage, parts, replace(cfg, lr=1.0))
     moved = {k: v.detach() - before[k] for k, v in trainable(model).items()}
     with torch.no_grad():
         for k, v in trainable(model).items():
@@ -617,8 +634,8 @@ def test_learning_rate_by_hand():
 
 def test_the_hoelder_exponent_is_linear_over_the_run():
     cfg = Config(steps=3, updates_per_step=3, loss="hoelder", hoelder_p=2.0, hoelder_p_end=-2.0)
-    assert [loss_knobs(cfg, i)["hoelder_p"] for i in (0, 2, 4, 8)] == [2.0, 1.0, 0.0, -2.0]
-    assert loss_knobs(replace(cfg, steps=1, updates_per_step=1), 0)["hoelder_p"] == 2.0
+    assert [hoelder_exponent(cfg, i) for i in (0, 2, 4, 8)] == [2.0, 1.0, 0.0, -2.0]
+    assert hoelder_exponent(replace(cfg, steps=1, updates_per_step=1), 0) == 2.0
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import get_origin, get_type_hints
 
-from harness.checkpoint import write_json
 from harness.configurator import configure
 from harness.errors import UserError, run
+from harness.runfiles import write_json
 from settings import Config, check
 from tools.parts.arms import as_saved
 from tools.parts.jobs import Job, how_many, run_all, state

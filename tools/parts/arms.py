@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.checkpoint import read_config, read_jsonl
 from harness.errors import UserError
+from harness.runfiles import read_config, read_jsonl
 from settings import Config
 
 # Two runs belong to one arm even if they differ in these settings ...

@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from harness.checkpoint import read_config, read_jsonl
 from harness.configurator import PROJECT, configure
 from harness.errors import UserError
 from harness.memory import device_memory
+from harness.runfiles import read_config, read_jsonl
 from settings import Config, choose_scale
 from tasks import tiny
 from tools.parts.arms import as_saved, differences

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.checkpoint import read_config, read_jsonl
 from harness.errors import UserError
+from harness.runfiles import read_config, read_jsonl
 from settings import Config
 from tools.parts.arms import (
     MEMORY_KEYS,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.checkpoint import read_jsonl
 from harness.errors import UserError
+from harness.runfiles import read_jsonl
 from tools.parts.arms import Arm
 from tools.parts.intervals import t_interval
 from tools.parts.published import PARTS_OF_GAIN, PUBLISHED
