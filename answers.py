@@ -196,6 +196,7 @@ def _words(text: str) -> str | None:
     """Words, or a run of letters, without \\text, parentheses and a leading article."""
     plain = re.sub(r"\\text\{([^{}]*)\}", r"\1 ", text).strip("() ")
     plain = re.sub(r"^(?:an|a|the) (?=.)", "", plain)
+    plain = re.sub(r"(?<=[A-Za-z]) (?=\d)", "", plain)  # October 30, in \text or not
     return plain if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 :'.]*", plain) else None
 
 

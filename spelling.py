@@ -70,7 +70,9 @@ def lenient_answer(text: str) -> str | None:
 MAX_DEPTH = 40  # of groups in groups; deeper text is left as it is
 # Commas that are all of one number; with spaces, or in brackets, they make a list.
 _THOUSANDS = re.compile(r"[^,\d(\[{]*+\d{1,3}(?:,\d{3})++(?!\d)[^,]*+")
-_LATEX_THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,\s?\\!|\\,|\\ |\\!,\\!)\s?(?=\d{3}(?!\d))")
+_LATEX_THOUSANDS = re.compile(
+    r"(?<=\d)(?:\{\s?,\s?\}|\s?,\s?\\!|\\,|\\ |\\!,\\!)\s?(?=\d{3}(?!\d))"
+)
 _SPACED_THOUSANDS = re.compile(r"\s*+([+-]?\d{1,3})((?: \d{3})++)\s*+")
 # 6.72e-5 and 1e-05 as programs write them; 2e-1 is left, as it may be 2 times e.
 _SCIENTIFIC = re.compile(

@@ -42,8 +42,8 @@ ALIASES = {
 }  # fmt: skip
 # What the name of a value may be made of: \angle ABC, \overline{AB}, \cos\theta.
 NAMING = {"\\" + name for name in [*GREEK, *FUNCTIONS.values()]} | set(
-    r"\angle \triangle \overline \overrightarrow \vec \hat \widehat \measuredangle \text \frac \sqrt "
-    r"\cdot \Delta \Gamma \Omega \Theta \Phi \Sigma \Lambda \det \deg \min \max \gcd \arg".split()
+    r"\angle \triangle \overline \overrightarrow \vec \hat \widehat \measuredangle \text \frac "
+    r"\sqrt \cdot \Delta \Gamma \Omega \Theta \Phi \Sigma \Lambda \det \deg \min \max \gcd".split()
 )
 TEXT_FONTS = set(
     r"\text \mbox \hbox \textbf \textit \textrm \textnormal \textsf \texttt \emph \mathrm \mathsf "

@@ -353,6 +353,9 @@ WRITTEN_OTHERWISE = [
     (r"12\text{ sq. ft}", r"12"),
     (r"\frac{\pi}{4}+2n\pi", r"\frac{\pi}{4}+2k\pi"),
     (r"e^{x^2}", r"e^{x\cdot x}"),
+    (r"0.5x+x^2", r"x^2+\frac{x}{2}"),
+    (r"x=3:5", r"3:5"),
+    (r"October 30", r"\text{October 30}"),
     (r"π/2", r"\frac{\pi}{2}"),
     (r"x ≥ 3", r"x \geq 3"),
     (r"10⁻³", r"0.001"),
@@ -561,7 +564,7 @@ REWRITES = {
     "speed": lambda g: rf"{g}\text{{ m/s}}" if g.isdigit() else g,
     "sum of letters": lambda g: f"a+b={g}" if g.isdigit() else g,
     "times as a program has it": lambda g: re.sub(r"(\d) ?\\pi", r"\1*pi", g),
-    "powers as a program has them": lambda g: g.replace("^", "**") if re.search(r"[a-z]\^", g) else g,
+    "powers as a program has them": lambda g: re.sub(r"(?<=[a-z])\^", "**", g),
     "root sign": lambda g: re.sub(r"\\sqrt\{(\d+)\}", r"√\1", g),
     "raised digits": lambda g: re.sub(r"(?<=[a-z])\^2(?!\d)", "²", g),
     "array": lambda g: g.replace(r"\begin{pmatrix}", r"\left(\begin{array}{rr}").replace(
