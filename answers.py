@@ -3,8 +3,9 @@
 What is decided for units, lists or equations, and an audit of it, are in docs/GRADING.md; batches
 belong to grade.py.
 
-The comparison takes answers apart here (lists, tuples, intervals, matrices, units, `x =`), settles
-plain numbers exactly as fractions, and leaves single expressions to symbolic.py.
+The way of a pair: one spelling (spelling.py), one form (forms.py), taken apart (structure.py) and
+compared part by part here; what is left, single expressions, passes a guard (guards.py) and goes to
+symbolic.py. words.py has what is known by name.
 """
 
 from __future__ import annotations
@@ -24,10 +25,7 @@ from structure import LISTED, fraction, shape, split
 
 MAX_CHARS = 500  # a longer answer is right only if it is the gold string itself
 
-# ---------------------------------------------------------------------------- taking answers apart
-
 Decide = Callable[[str, str], bool | None]
-# ------------------------------------------------------------------------------------- comparing
 
 _BASE = r"([0-9A-F]*\d[0-9A-F]*)(?:_\{(\d+)\})?"
 _NAME = re.compile(
@@ -234,7 +232,7 @@ _normal = functools.lru_cache(maxsize=4096)(normalize)
 def quick_verdict(answer: str | None, gold: str) -> bool | None:
     """What can be settled in the caller's process, in linear time; None is for a worker.
 
-    Equal spellings, plain numbers and plain words: most rows. Everything that takes answers apart
+    Equal spellings and plain numbers: most rows. Everything that takes answers apart
     runs where it can be killed.
     """
     if answer is None or not answer.strip():
