@@ -58,7 +58,9 @@ def _unit(text: str) -> tuple[str, object]:
     if ordinal and not behind:
         return value, ""
     named = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", behind.replace(".", " "))
-    known = words.unit(named, bare, bool(ordinal) or value == "1")
+    if ordinal:  # the 12th grade is 12, the 5th root is not 5
+        return (value, "") if named.strip() in words.RANKED else (text, named.strip())
+    known = words.unit(named, bare, value == "1")
     return (value, known) if known else (text, "") if bare else (value, named.strip())
 
 
@@ -177,7 +179,8 @@ def _compare_scalars(answer: str, gold: str, decide: Decide) -> bool | None:
             return False
         if r"\text" in value + gold_value:
             spoken = [s.casefold() for s in spoken]
-        return spoken[0] == spoken[1] or _product_of_variables(*spoken)
+        same = spoken[0] == spoken[1]
+        return same or r"\text" not in value + gold_value and _product_of_variables(*spoken)
     if "_{" in value + gold_value:
         bases = [re.fullmatch(_BASE, v) for v in (value, gold_value)]
         if all(bases):

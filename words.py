@@ -122,6 +122,7 @@ _ADJECTIVES = set(
     "distinct different possible total unique positive negative real right ordered whole such "
     "complex nonzero isosceles equilateral red blue green white black prime".split()
 )
+RANKED = set("grade day week month year floor row place term person student".split())
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 # Units of two letters that are read without \text{}; `5ms` may be a product.
 _BARE = {"cm", "mm", "km", "kg", "mg", "ml", "mL", "ft", "in", "mi", "lb", "oz", "hr"}
