@@ -3,8 +3,9 @@
 What is decided for units, lists or equations, and an audit of it, are in docs/GRADING.md; batches
 belong to grade.py.
 
-The comparison takes answers apart here (lists, tuples, intervals, matrices, units, `x =`), settles
-plain numbers exactly as fractions, and leaves single expressions to symbolic.py.
+The way of a pair: one spelling (spelling.py), one form (forms.py), taken apart (structure.py) and
+compared part by part here; what is left, single expressions, passes a guard (guards.py) and goes to
+symbolic.py. words.py has what is known by name.
 """
 
 from __future__ import annotations
@@ -23,10 +24,7 @@ from grading.structure import LISTED, fraction, shape, split
 
 MAX_CHARS = 500  # a longer answer is right only if it is the gold string itself
 
-# ---------------------------------------------------------------------------- taking answers apart
-
 Decide = Callable[[str, str], bool | None]
-# ------------------------------------------------------------------------------------- comparing
 
 _BASE = r"([0-9A-F]*\d[0-9A-F]*)(?:_\{(\d+)\})?"
 _NAME = re.compile(
@@ -59,7 +57,9 @@ def _unit(text: str) -> tuple[str, object]:
     if ordinal and not behind:
         return value, ""
     named = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", behind.replace(".", " "))
-    known = words.unit(named, bare, bool(ordinal) or value == "1")
+    if ordinal:  # the 12th grade is 12, the 5th root is not 5
+        return (value, "") if named.strip() in words.RANKED else (text, named.strip())
+    known = words.unit(named, bare, value == "1")
     return (value, known) if known else (text, "") if bare else (value, named.strip())
 
 
@@ -178,7 +178,8 @@ def _compare_scalars(answer: str, gold: str, decide: Decide) -> bool | None:
             return False
         if r"\text" in value + gold_value:
             spoken = [s.casefold() for s in spoken]
-        return spoken[0] == spoken[1] or _product_of_variables(*spoken)
+        same = spoken[0] == spoken[1]
+        return same or r"\text" not in value + gold_value and _product_of_variables(*spoken)
     if "_{" in value + gold_value:
         bases = [re.fullmatch(_BASE, v) for v in (value, gold_value)]
         if all(bases):
@@ -195,6 +196,7 @@ def _words(text: str) -> str | None:
     """Words, or a run of letters, without \\text, parentheses and a leading article."""
     plain = re.sub(r"\\text\{([^{}]*)\}", r"\1 ", text).strip("() ")
     plain = re.sub(r"^(?:an|a|the) (?=.)", "", plain)
+    plain = re.sub(r"(?<=[A-Za-z]) (?=\d)", "", plain)  # October 30, in \text or not
     return plain if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 :'.]*", plain) else None
 
 
@@ -232,7 +234,7 @@ _normal = functools.lru_cache(maxsize=4096)(normalize)
 def quick_verdict(answer: str | None, gold: str) -> bool | None:
     """What can be settled in the caller's process, in linear time; None is for a worker.
 
-    Equal spellings, plain numbers and plain words: most rows. Everything that takes answers apart
+    Equal spellings and plain numbers: most rows. Everything that takes answers apart
     runs where it can be killed.
     """
     if answer is None or not answer.strip():

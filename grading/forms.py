@@ -16,6 +16,9 @@ MINUS, PLUS = r"(-\infty", r"\infty)"
 _TIME = re.compile(r"(\d{1,2}(?::\d\d)*)(?:\\text\{(am|pm)\}|(am|pm))", re.IGNORECASE)
 _MATRIX = re.compile(r"(.*?)([(\[]?)\\begin\{pmatrix\}(.*)\\end\{pmatrix\}[)\]]?", re.DOTALL)
 _EACH = re.compile(r",?(?:\\text\{for (?:all|every|any)(?: real)?\}|for (?:all|any)) ?[a-zA-Z]$")
+_INTEGER = re.compile(
+    r",(?:\\text\{where\})?(?:[kmn])\\in ?\\mathbb\{Z\}$"
+)  # of k pi, for any integer k
 _LABEL = re.compile(r"\\text\{(min|max)(?:imum)?\}:|(min|max)(?:imum)?:|\\(min|max):")
 
 
@@ -35,17 +38,24 @@ def align(answer: str, gold: str) -> tuple[str, str] | None:
             gold = sets[1][1]
     answer, gold = _unlabelled(answer, gold), _unlabelled(gold, answer)
     answer, gold = _point(answer, gold), _point(gold, answer)
+    for text, other in ((answer, gold), (gold, answer)):
+        either = re.findall(r"(?:^|\\or) ?([a-z])=", text) if r"\or" in text else []
+        if "=" not in other and len(set(either)) > 1:
+            return None  # x = 5 or y = 6 is no list of values
+        if "=" not in other and (point := _point(text, "(")) != text and "=" in text:
+            if not other.startswith("("):  # 8, -2 in the order of the letters
+                return point, f"({other})"
     answer, gold = _column(answer, gold), _column(gold, answer)
     return _ratio(answer, gold), _ratio(gold, answer)
 
 
 def _meaning(text: str) -> str:
     """What needs no other side: words for numbers and sets, times of day, a factor of a matrix."""
-    text = _EACH.sub("", text)
+    text = _INTEGER.sub("", _EACH.sub("", text))
     said = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).lower()
     if said in words.EMPTY:
         return r"\varnothing"
-    if said in words.REALS or text in words.REALS:
+    if said in words.REALS or re.sub(r"^[a-z]\\in ?", "", text) in words.REALS:
         return r"(-\infty,\infty)"
     if said in words.NUMBERS:
         return words.NUMBERS[said]
@@ -168,7 +178,7 @@ def _column(text: str, other: str) -> str:
 def _ratio(text: str, other: str) -> str:
     """a:b is the fraction; more than two are compared by their quotients to the first."""
     parts = split(text, (":",))
-    if len(parts) < 2 or r"\text" in text or len(split(text, LISTED)) > 1:
+    if len(parts) < 2 or "=" in text or r"\text" in text or len(split(text, LISTED)) > 1:
         return text
     if len(parts) == 2:
         return rf"\frac{{{parts[0]}}}{{{parts[1]}}}"

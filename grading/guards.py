@@ -20,7 +20,7 @@ _KNOWN = set("+-*/^_(){}[]|!=<> ") | {
 # Bases, towers of numbers, huge powers and factorials, two numbers or two signs in a row.
 _REFUSED = re.compile(
     r"\d \d|(?<!sqrt)\[|[\d)}\]|!']_|\^\{-?[\d.]+\^|\^\{-?\d{5,}\}|\d{4,}!|!!|^[^A-Za-z]*[)}\]]!"
-    r"|\^\{[^{}]*\}\^|\d/\d+[A-Za-z\\(]|[\d.]\.|(?<![\\A-Za-z])[A-Za-z]\d|\^_|__"
+    r"|\^\{[^{}]*\}\^|\d/\d+(?:[A-Za-z(]|\\(?!cdot|times|le|ge|ne))|\.(?!\d)|(?<![\\A-Za-z])[A-Za-z]\d|\^_|__"
 )
 
 

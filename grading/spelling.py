@@ -9,6 +9,7 @@ import re
 import unicodedata
 
 from grading import words
+from grading.speller import Odd, Speller
 
 # ---------------------------------------------------------------------------- finding the answer
 
@@ -67,18 +68,16 @@ def lenient_answer(text: str) -> str | None:
 
 # ------------------------------------------------------------------------------------ normal form
 
-MAX_DEPTH = 40  # of groups in groups; deeper text is left as it is
 # Commas that are all of one number; with spaces, or in brackets, they make a list.
 _THOUSANDS = re.compile(r"[^,\d(\[{]*+\d{1,3}(?:,\d{3})++(?!\d)[^,]*+")
-_LATEX_THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,\s?\\!|\\,|\\ |\\!,\\!)\s?(?=\d{3}(?!\d))")
+_LATEX_THOUSANDS = re.compile(
+    r"(?<=\d)(?:\{\s?,\s?\}|\s?,\s?\\!|\\,|\\ |\\!,\\!)\s?(?=\d{3}(?!\d))"
+)
 _SPACED_THOUSANDS = re.compile(r"\s*+([+-]?\d{1,3})((?: \d{3})++)\s*+")
 # 6.72e-5 and 1e-05 as programs write them; 2e-1 is left, as it may be 2 times e.
 _SCIENTIFIC = re.compile(
     r"(?<![\w.])(?:(\d*+\.\d++|1)[eE]([+-]?\d++)|(\d++)[eE](\d++|[+-]0\d++))(?![\w.])"
 )
-_SCAN = re.compile(r"\\[A-Za-z]++|\\.|[A-Za-z]++|\d++|\s++|\*\*|<=|>=|!=|.", re.DOTALL)
-_LENGTH = re.compile(r"\[\s?-?[\d.]++\s?(?:pt|em|ex|mm|cm)\s?\]")
-_ORDINALS = {"st", "nd", "rd", "th"}
 
 
 def normalize(answer: str) -> str:
@@ -102,8 +101,8 @@ def spell(text: str) -> str:
         if len(m[0]) < 40 else m[0], text
     )  # fmt: skip
     try:
-        out = _Speller(text).all()
-    except _Odd:
+        out = Speller(text).all()
+    except Odd:
         return " ".join(text.split())
     while True:
         before = out
@@ -140,262 +139,3 @@ def _ascii(text: str) -> str:
         else:
             out.append("".join(words.SIGNS.get(c, c) for c in plain))
     return "".join(out) + ("}" if script else "")
-
-
-class _Odd(Exception):
-    """Text that is left as it is: braces that do not match, or nested too deep."""
-
-
-class _Speller:
-    """Reads tokens from left to right and writes their one spelling."""
-
-    def __init__(self, text: str) -> None:
-        self.tokens = _SCAN.findall(text)[::-1]  # the next one last
-        self.depth = 0
-
-    def all(self) -> str:
-        out = self.sequence("")
-        if self.tokens:
-            raise _Odd
-        return out
-
-    def sequence(self, close: str, prose: bool = False, value: bool = False) -> str:
-        """The spelling up to the token `close`, which is taken; prose is the inside of `text`."""
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise _Odd
-        line = _Line(value)
-        while self.tokens:
-            token = self.tokens.pop()
-            token = words.ALIASES.get(token, token)
-            if token == close:
-                break
-            if token == "}":
-                raise _Odd
-            if token.isspace() or token in words.SILENT:
-                line.space |= token.isspace() or token[1:2] in (",", ";", ":", ">", " ", "q")
-                if token in (r"\left", r"\right") and self.tokens and self.tokens[-1] == ".":
-                    self.tokens.pop()
-            elif prose and token.isalpha():
-                line.text(self.words(token))
-            else:
-                self.one(token, line)
-        else:
-            if close:
-                raise _Odd
-        self.depth -= 1
-        return "".join(line.pieces)
-
-    def words(self, first: str) -> list[str]:
-        """The words that begin with `first`: p.m. is one, sq. cm are two, x-axis too."""
-        found = [first]
-        while self.tokens:
-            token = self.tokens[-1]
-            after = self.tokens[-2] if len(self.tokens) > 1 else ""
-            if token.isalpha():
-                found.append(token)
-            elif token in (".", "'") and after.isalpha() and len(found[-1]) == 1:
-                found[-1] += after
-                self.tokens.pop()
-            elif not (token.isspace() or token in (".", "-", "'") and found[-1].isalpha()):
-                break
-            elif token in ("-", "'") and not after.isalpha():
-                break
-            self.tokens.pop()
-        return found
-
-    def one(self, token: str, line: _Line) -> None:
-        """Write a token with its arguments."""
-        if token in words.TEXT_FONTS:
-            self.text(line)
-        elif token in words.MATH_FONTS or token in (r"\vec", r"\hat"):
-            line.add(self.font(token))
-        elif token in (r"\color", r"\textcolor"):
-            self.argument()
-        elif token == r"\mathbb":
-            line.add(rf"\mathbb{{{self.argument()}}}")
-        elif token in (r"\frac", r"\binom"):
-            line.add(rf"{token}{{{self.argument()}}}{{{self.argument()}}}")
-        elif token in (r"\sqrt", "sqrt"):
-            index = rf"[{self.sequence(']')}]" if self.peek() == "[" and self.skip("[") else ""
-            inside = self.argument(token == "sqrt" or self.peek() == "(")
-            line.add(rf"\sqrt{index}{{{inside}}}")
-        elif token == "abs" and self.peek() == "(":
-            line.add(f"|{self.argument(True)}|")
-        elif token in (r"\exp", "exp"):
-            line.add(f"e^{{{self.argument(True)}}}")
-        elif token in (r"\begin", r"\end"):
-            line.add(self.environment(token))
-        elif token == "\\\\":
-            self.skip_length()
-            line.add(token)
-        elif token in ("^", "_", "**"):
-            self.script("_" if token == "_" else "^", line)
-        elif token == r"\degree":
-            line.add(r"^\circ ")
-        elif token == r"\overline":
-            line.add(rf"\overline{{{self.argument()}}}")
-        elif token == "{":
-            inside = self.sequence("}")
-            line.space |= inside.isdigit()  # {5}{6} is no 56
-            line.add(inside if len(inside) < 2 else f"{{{inside}}}")
-        elif token == "." and self.tokens and self.tokens[-1].isdigit():
-            digits = line.pieces and line.pieces[-1].isdigit() and not line.space
-            line.add("." if digits else "0.")
-        else:
-            line.add(self.plain(token, line))
-
-    def plain(self, token: str, line: _Line) -> str:
-        """Letters, digits, commands and signs without arguments."""
-        if token in ("<=", ">=", "!="):
-            return {"<=": r"\le", ">=": r"\ge", "!=": r"\ne"}[token]
-        if token in ("*", r"\%"):
-            return {"*": r"\cdot", r"\%": "%"}[token]
-        if token in ("and", "or"):
-            return "\\" + token
-        if token in words.CONSTANTS:
-            return "\\" + words.CONSTANTS[token]
-        if token in words.FUNCTIONS and not (token == "sec" and line.number()):
-            return "\\" + words.FUNCTIONS[token]
-        if token in _ORDINALS and line.number():
-            return rf"\text{{{token}}}"
-        return token
-
-    def text(self, line: _Line) -> None:
-        r"""\text{...}: words stay words; digits, signs and single letters become mathematics."""
-        if self.peek() != "{":
-            raise _Odd
-        self.skip("{")
-        if len(self.tokens) > 1 and self.tokens[-2] == "}" and self.tokens[-1].isalpha():
-            name, _ = self.tokens.pop(), self.tokens.pop()
-            number = line.number() and name in ("sec", "min")
-            line.text([name]) if number or name not in words.FUNCTIONS else line.add("\\" + name)
-        else:
-            line.space = True
-            line.add(self.sequence("}", prose=True, value=line.number()))
-        line.space = True
-
-    def font(self, token: str) -> str:
-        r"""Bold and the like say nothing but of i, j and k, which are vectors then."""
-        inside = self.argument()
-        letter = inside.strip("{}").removeprefix(r"\vec{").removeprefix("\\")[:1]
-        bare = inside in ("i", "j", "k", r"\imath", r"\jmath")
-        if token != r"\underline" and (bare or inside.startswith(r"\vec{")):
-            return rf"\vec{{{letter}}}"
-        return inside if token in words.MATH_FONTS else rf"{token}{{{inside}}}"
-
-    def environment(self, token: str) -> str:
-        name = self.argument().removeprefix(r"\text{").rstrip("}")
-        if name == "array" and token == r"\begin":
-            self.argument()  # the columns
-        return rf"{token}{{{'pmatrix' if name in words.MATRICES else name}}}"
-
-    def script(self, sign: str, line: _Line) -> None:
-        inside = self.argument(True)
-        if inside in (r"\circ", "{\\circ}"):
-            line.add(r"^\circ")
-        elif set(inside) == {"'"}:
-            line.add(inside)
-        elif inside.removeprefix(r"\text{").removesuffix("}") in _ORDINALS and line.number():
-            line.text([inside.removeprefix(r"\text{").removesuffix("}")])
-        else:
-            if line.pieces[-1:] == ["{}"]:
-                line.pieces.pop()
-            line.add(f"{sign}{{{inside}}}")
-
-    def peek(self) -> str:
-        """The next token that is no space."""
-        while self.tokens and (self.tokens[-1].isspace() or self.tokens[-1] in words.SILENT):
-            self.tokens.pop()
-        return self.tokens[-1] if self.tokens else ""
-
-    def skip(self, token: str) -> bool:
-        return self.tokens.pop() == token
-
-    def skip_length(self) -> None:
-        """Drop the [4pt] behind a line end."""
-        if _LENGTH.match("".join(self.tokens[-1:-8:-1])):
-            while self.tokens.pop() != "]":
-                pass
-
-    def argument(self, whole: bool = False) -> str:
-        """A group, or one token; `whole` takes all digits, a sign or (...): x^10, x^-1."""
-        token = self.peek()
-        if not token or token in ("}", "&", "\\\\", "$"):
-            raise _Odd
-        self.tokens.pop()
-        if token == "{":
-            return self.sequence("}")
-        if token == "(" and whole:
-            return self.sequence_to_parenthesis()
-        if token == "-" and whole:
-            return "-" + self.argument(True)
-        if (
-            token.isalnum()
-            and len(token) > 1
-            and not (whole and (token.isdigit() or token in _ORDINALS))
-        ):
-            self.tokens.append(token[1:])
-            token = token[0]
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise _Odd
-        line = _Line()
-        self.one(words.ALIASES.get(token, token), line)
-        self.depth -= 1
-        return "".join(line.pieces).strip()
-
-    def sequence_to_parenthesis(self) -> str:
-        """Up to the ) that closes; brackets inside are told apart by the sequence between them."""
-        inside, depth = [], 1
-        while self.tokens:
-            token = self.tokens.pop()
-            depth += (token == "(") - (token == ")")
-            if depth == 0:
-                rest, self.tokens = self.tokens, inside[::-1]
-                out = self.sequence("")
-                self.tokens = rest
-                return out
-            inside.append(token)
-        raise _Odd
-
-
-class _Line:
-    """What has been written of a sequence; keeps apart what would run together."""
-
-    def __init__(self, value: bool = False) -> None:
-        self.value = value  # whether it is the inside of a \\text behind a value
-        self.pieces: list[str] = []
-        self.space = False  # whether the text had a space here
-
-    def number(self) -> bool:
-        """Whether a value ends here, so that a word may be its unit."""
-        return bool(self.pieces) and self.pieces[-1][-1:] in "0123456789})"
-
-    def add(self, piece: str) -> None:
-        last = self.pieces[-1] if self.pieces else ""
-        if piece and last:
-            letters = piece[0].isalpha()
-            after_command = re.search(r"\\[A-Za-z]{1,20}$", last[-22:]) and letters
-            digits = self.space and piece[0].isdigit() and last[-1].isdigit()
-            run = self.space and letters and last[-1].isalpha() and max(len(piece), len(last)) > 1
-            if after_command or digits or run and not last.startswith("\\"):
-                self.pieces.append(" ")
-        self.pieces += [piece] if piece else []
-        self.space = False
-
-    def text(self, found: list[str]) -> None:
-        r"""Words: `and` and `or` part them, units and phrases are \text, single letters are not."""
-        phrase: list[str] = []
-        for word in [*found, ""]:
-            if word and word not in ("and", "or"):
-                phrase.append(word)
-                continue
-            if phrase:
-                letter = len(phrase) == 1 and len(phrase[0]) == 1
-                behind = self.number() or self.value and self.pieces[-1:] in ([], ["/"])
-                unit = letter and behind and phrase[0] in words.UNIT_LETTERS
-                self.add(phrase[0] if letter and not unit else rf"\text{{{' '.join(phrase)}}}")
-                phrase = []
-            if word:
-                self.add("\\" + word)

@@ -42,9 +42,8 @@ ALIASES = {
 }  # fmt: skip
 # What the name of a value may be made of: \angle ABC, \overline{AB}, \cos\theta.
 NAMING = {"\\" + name for name in [*GREEK, *FUNCTIONS.values()]} | set(
-    r"\angle \triangle \overline \overrightarrow \vec \hat \widehat \measuredangle \text \arg "
-    r"\frac \sqrt "
-    r"\cdot \Delta \Gamma \Omega \Theta \Phi \Sigma \Lambda \det \deg \min \max \gcd".split()
+    r"\angle \triangle \overline \overrightarrow \vec \hat \widehat \measuredangle \text \frac "
+    r"\sqrt \cdot \Delta \Gamma \Omega \Theta \Phi \Sigma \Lambda \det \deg \min \max \gcd".split()
 )
 TEXT_FONTS = set(
     r"\text \mbox \hbox \textbf \textit \textrm \textnormal \textsf \texttt \emph \mathrm \mathsf "
@@ -123,6 +122,7 @@ _ADJECTIVES = set(
     "distinct different possible total unique positive negative real right ordered whole such "
     "complex nonzero isosceles equilateral red blue green white black prime".split()
 )
+RANKED = set("grade day week month year floor row place term person student".split())
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 # Units of two letters that are read without \text{}; `5ms` may be a product.
 _BARE = {"cm", "mm", "km", "kg", "mg", "ml", "mL", "ft", "in", "mi", "lb", "oz", "hr"}

@@ -1,7 +1,8 @@
 """Grade a batch: each text's last box against its gold answer, in processes that can be killed.
 
-The rule is answers.py's. `Grader` answers most rows in the calling process (equal strings, plain
-numbers, words, cache) and sends the rest to workers; `correct` takes texts instead of answers.
+The rule is answers.py's. `Grader` answers most rows in the calling process (equal spellings, plain
+numbers, cache) and sends the rest to workers; `correct` takes texts instead of answers. No text
+that a model can write holds the caller for more than some milliseconds (tools/fuzz_grader.py).
 
 Workers are Python processes of their own that speak JSON lines over pipes, so grading depends
 neither on the caller's main module nor on its threads. POSIX only (fork, interval timers).
