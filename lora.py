@@ -114,16 +114,6 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
             layer.enabled = True
 
 
-@contextmanager
-def reference(model: nn.Module, frozen: nn.Module | None = None) -> Iterator[nn.Module]:
-    """The base policy: a frozen copy where full training keeps one, else the adapter off."""
-    if frozen is not None:
-        yield frozen
-    else:
-        with adapter_off(model):
-            yield model
-
-
 # --------------------------------------------------------------------------------- merged weights
 
 
@@ -209,6 +199,47 @@ def save_adapter(model: nn.Module, folder: Path | str, base: str) -> None:
     os.replace(temporary, folder / "adapter_config.json")
 
 
+# What an adapter_config.json of a plain LoRA may say. None: anything, since it does not change the
+# adapter's result. Any other option must be absent or empty.
+PLAIN_LORA: dict[str, tuple | None] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    # These initialise the adapter and leave the base weights alone; PiSSA and others change them.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
+    "megatron_core": None,
+    "qalora_group_size": None,
+    "base_model_name_or_path": None,
+    "revision": None,
+    "task_type": None,
+    "auto_mapping": None,
+    "inference_mode": None,
+    "peft_version": None,
+    "r": None,
+    "lora_alpha": None,
+    "lora_dropout": None,
+    "target_modules": None,
+    "exclude_modules": None,
+    "layers_to_transform": None,
+    "layers_pattern": None,
+}
+
+
+def _unknown_options(config: dict) -> str:
+    """The options that a plain LoRA does not have, as text; "" where there are none."""
+    odd = []
+    for key, value in config.items():
+        known = PLAIN_LORA.get(key, ())
+        empty = value in (None, False, "", [], {}) and key not in ("init_lora_weights", "peft_type")
+        if known is not None and not empty and value not in known:
+            odd.append(f"{key}={value!r}"[:80])
+    if config.get("peft_type") != "LORA":
+        odd.append(f"peft_type={config.get('peft_type')!r}"[:80])
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), int | float) or not config[key] > 0:
+            odd.append(f"{key}={config.get(key)!r}"[:80])
+    return ", ".join(dict.fromkeys(odd))
+
+
 def load_adapter(model: nn.Module, folder: Path | str) -> None:
     """Add an adapter in PEFT's format to a model that has none.
 
@@ -226,10 +257,10 @@ def load_adapter(model: nn.Module, folder: Path | str) -> None:
         ) from error
     except (ValueError, OSError, SafetensorError) as error:
         raise UserError(f"{folder}: the adapter cannot be read: {error}") from error
-    odd = [k for k in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
-           if config.get(k)]  # fmt: skip
-    if config.get("peft_type") != "LORA" or odd:
-        raise UserError(f"{folder}: not a plain LoRA ({', '.join(odd) or config.get('peft_type')})")
+    if not isinstance(config, dict):
+        raise UserError(f"{folder}: adapter_config.json is not a JSON object")
+    if odd := _unknown_options(config):
+        raise UserError(f"{folder}: not a plain LoRA adapter: {odd}")
     add_lora(model, int(config["r"]), config["lora_alpha"])
     for name, layer in lora_layers(model).items():
         for part in ("lora_A", "lora_B"):

@@ -47,7 +47,7 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub id or folder. Raises UserError if there is none within reach."""
     with _readable_errors(name, "tokenizer"):
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def load_model(
@@ -68,7 +68,7 @@ def load_model(
     (sliding-window attention, logits that are more than a linear map of the last hidden state).
     """
     with _readable_errors(name, "model"):
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         for key in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"):
             if hasattr(config, key):
                 setattr(config, key, 0.0)
@@ -86,12 +86,19 @@ def load_model(
         bars = hf_logging.is_progress_bar_enabled()
         hf_logging.disable_progress_bar()
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                name, config=config, dtype=dtype, attn_implementation="sdpa", **extra
+            model, info = AutoModelForCausalLM.from_pretrained(
+                name,
+                config=config,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                trust_remote_code=False,
+                output_loading_info=True,
+                **extra,
             )
         finally:
             if bars:
                 hf_logging.enable_progress_bar()
+    _refuse_incomplete(name, info)
     if quant == "none":
         model.to(device)
     if str(device) == "cpu" and model.num_parameters() < SMALL_MODEL:
@@ -102,6 +109,18 @@ def load_model(
     return model
 
 
+def _refuse_incomplete(name: str, info: dict) -> None:
+    """Weights that a folder lacks would be drawn at random, and those too many left out."""
+    for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        keys = sorted(map(str, info.get(what) or ()))
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise UserError(
+                f"model {name!r}: {what.replace('_', ' ')} in its weights: {keys[0]}{more}: "
+                "the folder is incomplete or holds another model"
+            )
+
+
 @contextmanager
 def _readable_errors(name: str, what: str) -> Iterator[None]:
     """Turn the many ways in which from_pretrained fails into one line."""
@@ -110,6 +129,11 @@ def _readable_errors(name: str, what: str) -> Iterator[None]:
     except (OSError, ValueError, ImportError) as error:  # OSError: absent, or no hub
         lines = str(error).strip().splitlines()
         reason = lines[0] if lines else type(error).__name__
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{what} {name!r}: asks to run code of its own, which is never run here: use a "
+                "model whose architecture transformers knows"
+            ) from error
         local = Path(name).exists()
         hint = (
             "the folder must hold config.json, the weights (*.safetensors) and a tokenizer"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a hub
 torch.set_num_threads(1)  # small tensors: a second thread costs more than it brings
@@ -79,6 +80,12 @@ def made_up(chat_template: str | None, *special: str):
     )
     tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def write_state(folder: Path, steps_done: int) -> None:
+    """What a run's checkpoint says of itself, without its weights."""
+    metadata = {"steps_done": str(steps_done)}
+    save_file({"nothing": torch.zeros(1)}, folder / "state.safetensors", metadata)
 
 
 def batch(generator_seed: int, n: int = 5, prompt: int = 9, response: int = 14, vocab: int = 97):

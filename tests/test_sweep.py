@@ -7,6 +7,7 @@ import threading
 from dataclasses import asdict
 
 import pytest
+from conftest import write_state
 from test_figures import write_run
 
 from harness import configurator
@@ -29,13 +30,19 @@ def test_demo_keeps_resumes_and_restarts(tmp_path):
     assert config["steps"] == 4 and config["model"] == "tiny"
     write_run(job.folder, last=2, **{k: v for k, v in config.items() if k != "seed"})
     assert jobs.state(job) == "restart"  # there is no checkpoint
-    (job.folder / "state.safetensors").touch()
+    write_state(job.folder, 2)
     assert jobs.state(job) == "resume"
     with (job.folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "rew')  # cut off in the middle
     assert jobs.state(job) == "resume"
-    job.folder.joinpath("metrics.jsonl").write_text('{"step": 4}\n')
+    # A step is logged before it is saved, and saved before it is evaluated.
+    rows = ['{"step": 4}\n', '{"step": 4, "eval_accuracy": 0.5}\n']
+    job.folder.joinpath("metrics.jsonl").write_text(rows[1])
+    assert jobs.state(job) == "resume"
+    write_state(job.folder, 4)
     assert jobs.state(job) == "complete"
+    job.folder.joinpath("metrics.jsonl").write_text(rows[0])
+    assert jobs.state(job) == "resume"
     longer = demo_jobs(demo.DemoConfig(out=str(tmp_path), steps=5))[0]
     with pytest.raises(UserError, match="steps=4, not 5"):
         jobs.state(longer)
@@ -87,7 +94,8 @@ def write_complete(job, rows=None, **changes):
     """A finished run of a job: its config.json, as train.py writes it, and made-up metrics."""
     job.folder.mkdir(parents=True)
     (job.folder / "config.json").write_text(json.dumps({"config": asdict(job.config) | changes}))
-    rows = rows or [{"step": job.config.steps}]
+    rows = rows or [{"step": job.config.steps, "eval_accuracy": 0.5}]
+    write_state(job.folder, job.config.steps)
     (job.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -236,7 +244,10 @@ changes = {"clip": given["clip"], "seed": int(given["seed"]), "rollout_weights":
 folder.mkdir(parents=True, exist_ok=True)
 (folder / "config.json").write_text(json.dumps({"config": base | changes}))
 row = {"step": 1, "accuracy": 0.1 * changes["seed"] + (given["clip"] == "off")}
+row["eval_accuracy"] = 0.5
 (folder / "metrics.jsonl").write_text(json.dumps(row) + "\\n")
+from safetensors.numpy import save_file
+save_file({}, folder / "state.safetensors", {"steps_done": "1"})
 """
 
 
@@ -258,8 +269,7 @@ def test_a_sweep_runs_resumes_is_kept_and_grows(tmp_path, monkeypatch, capsys):
     assert [arm["seeds"] for arm in result["arms"].values()] == [[0, 1], [0, 1]]
     assert result["pairs"][0]["difference"] == pytest.approx(1)
     stopped = tmp_path / "sweep" / "clip=off" / "seed1"
-    (stopped / "metrics.jsonl").write_text("")
-    (stopped / "state.safetensors").touch()
+    write_state(stopped, 0)
     again, printed = figures("--seeds=2", "--jobs=2")
     assert "3 of 4 runs are complete and kept" in printed and again == result
     more, printed = figures("--seeds=3", "--jobs=2")

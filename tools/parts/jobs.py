@@ -4,10 +4,10 @@ What tools.demo and tools.sweep share. A run that is complete is kept, one that 
 from its checkpoint, and one of another configuration is refused.
 """
 
+import ctypes
 import fcntl
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,11 +24,12 @@ from tqdm import tqdm
 from harness.configurator import PROJECT, configure
 from harness.errors import UserError
 from harness.memory import device_memory
-from harness.runfiles import read_config, read_jsonl
+from harness.runfiles import is_complete, read_config, read_jsonl, read_state
 from settings import Config, choose_scale
 from tasks import tiny
 from tools.parts.arms import as_saved, differences
 
+LIBC = ctypes.CDLL(None)
 MEMORY_OF_RUN = 1.5e9  # bytes of a run of the tiny world, libraries included, rounded up
 
 
@@ -58,23 +59,34 @@ class Job:
 def state(job: Job) -> str:
     """What is to be done with a run: "new", "resume", "complete", or "restart" (no checkpoint).
 
-    Raises UserError where the folder is in use or holds a run of another configuration.
+    The run's state decides, not its metrics, since a step is logged before it is saved. Raises
+    UserError where the folder is in use or holds a run of another configuration.
     """
     if not (job.folder / "config.json").exists():
         return "new"
-    with open(job.folder / "lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{job.folder}: another process is running in it") from error
+    _wait_until_free(job.folder)
     different = differences(read_config(job.folder), as_saved(job.config))
     for key, (before, value) in different.items():
         if not _settled(key, value, before):
             raise UserError(f"{job.folder}: holds a run with {key}={before}, not {value}: "
                             "delete the folder, or name another --out")  # fmt: skip
-    if job.steps_done == job.config.steps:
+    if is_complete(job.folder):
         return "complete"
-    return "resume" if (job.folder / "state.safetensors").exists() else "restart"
+    return "restart" if read_state(job.folder) is None else "resume"
+
+
+def _wait_until_free(folder: Path, seconds: float = 60.0) -> None:
+    """Wait while a run whose sweep was killed ends its step (see start)."""
+    deadline = time.monotonic() + seconds
+    with open(folder / "lock", "a") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise UserError(f"{folder}: another process is running in it") from error
+            time.sleep(0.2)
 
 
 def _settled(key: str, wanted, saved) -> bool:
@@ -90,20 +102,27 @@ def _settled(key: str, wanted, saved) -> bool:
 def start(job: Job) -> None:
     """Start a run as a process of its own, its output going to the log; on the CPU on one core."""
     todo = state(job)
-    if todo == "restart":
-        shutil.rmtree(job.folder)
     job.log.parent.mkdir(parents=True, exist_ok=True)
     args = [*job.args, f"--out_dir={job.folder}", *["--resume=True"] * (todo == "resume")]
     # more threads than cores in all would wait for one another
     threads = {"OMP_NUM_THREADS": "1"} if _on_cpu(job) else {}
-    with open(job.log, "a" if todo == "resume" else "w") as log:
+    with open(job.log, "w" if todo == "new" else "a") as log:
         job.process = subprocess.Popen(
             [sys.executable, str(PROJECT / "train.py"), *args],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             env={**os.environ, **threads},
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
+
+
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
+
+
+def _end_with_parent() -> None:
+    """In the child: get TERM when the parent dies, also by kill -9. The run then saves and ends."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def run_jobs(jobs: Sequence[Job], at_once: int, poll: float = 1.0) -> None:

@@ -4,7 +4,6 @@ import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +20,7 @@ import train
 from data import Problem, Rollouts, load_problems, partition, prepare
 from engine import TRAIN_NOISE, Generation, decode, generate
 from harness.memory import decode_with
-from lora import add_lora, reference, trainable
+from lora import add_lora, trainable
 from model import check_positions, checkpoint_activations, load_model, load_tokenizer
 from settings import Config
 from tasks import tiny
@@ -127,10 +126,10 @@ class Step:
             self.model.requires_grad_(True)
         if cfg.gradient_checkpointing:
             checkpoint_activations(self.model)
-        # For the log's KL, at the price of a forward.
-        self.base = partial(reference, self.model) if cfg.lora_r and cfg.reference else None
         self.settings = Config(
-            lr=1e-6, updates_per_step=cfg.updates, prompts_per_step=cfg.prompts,
+            lr=1e-6, lora_r=cfg.lora_r,
+            base_every=1 if cfg.reference else 10**9,  # the log's KL, at the price of a forward
+            updates_per_step=cfg.updates, prompts_per_step=cfg.prompts,
             group_size=cfg.group, max_new_tokens=cfg.new_tokens, rollout_rows=cfg.rollout_rows,
             micro_batch_tokens=cfg.micro_batch_tokens, seed=cfg.seed,
         )  # fmt: skip
@@ -190,7 +189,7 @@ class Step:
         r, cfg = self.rollouts, self.cfg
         total = (r.prompt_len + r.length).tolist()
         self.parts = partition(total, cfg.updates, cfg.micro_batch_tokens, cfg.seed, r.step)
-        train.score(self.model, self.base, r, self.parts, self.settings)
+        train.score(self.model, r, self.parts, self.settings)
 
     def reward(self) -> None:
         r = self.rollouts
@@ -202,6 +201,6 @@ class Step:
         self.advantage = grpo.advantages(reward, r.group_size, self.settings.adv_norm)
 
     def update(self) -> None:
-        lrs = [self.settings.lr] * self.cfg.updates
-        train.update(self.model, self.optimizer, self.rollouts, self.advantage, self.parts,
-                     self.settings, lrs)  # fmt: skip
+        train.update(
+            self.model, self.optimizer, self.rollouts, self.advantage, self.parts, self.settings
+        )
