@@ -21,7 +21,13 @@ from data import Problem, Rollouts, load_problems, partition, prepare
 from engine import TRAIN_NOISE, Generation, decode, generate
 from harness.memory import decode_with
 from lora import add_lora, trainable
-from model import check_positions, checkpoint_activations, load_model, load_tokenizer
+from model import (
+    check_positions,
+    checkpoint_activations,
+    load_model,
+    load_tokenizer,
+    rounding_error,
+)
 from settings import Config
 from tasks import tiny
 
@@ -197,7 +203,8 @@ class Step:
             reward = torch.tensor([even(text) for text in r.text])
         else:
             reward = self.reward_fn(r)
-            metrics.describe(r, reward, self.watched)
+            rounding = rewards.rounding(self.reward_fn, r, rounding_error(self.model))
+            metrics.describe(r, reward, rounding, self.watched, set())
         self.advantage = grpo.advantages(reward, r.group_size, self.settings.adv_norm)
 
     def update(self) -> None:
