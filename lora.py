@@ -210,7 +210,7 @@ PLAIN_LORA: dict[str, tuple | None] = {
     "qalora_group_size": None,
     "base_model_name_or_path": None,
     "revision": None,
-    "task_type": None,
+    "task_type": ("CAUSAL_LM",),
     "auto_mapping": None,
     "inference_mode": None,
     "peft_version": None,
@@ -234,9 +234,10 @@ def _unknown_options(config: dict) -> str:
             odd.append(f"{key}={value!r}"[:80])
     if config.get("peft_type") != "LORA":
         odd.append(f"peft_type={config.get('peft_type')!r}"[:80])
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float) or not config[key] > 0:
-            odd.append(f"{key}={config.get(key)!r}"[:80])
+    if type(config.get("r")) is not int or config["r"] < 1:
+        odd.append(f"r={config.get('r')!r}"[:80])
+    if not isinstance(config.get("lora_alpha"), int | float):
+        odd.append(f"lora_alpha={config.get('lora_alpha')!r}"[:80])
     return ", ".join(dict.fromkeys(odd))
 
 
@@ -261,10 +262,15 @@ def load_adapter(model: nn.Module, folder: Path | str) -> None:
         raise UserError(f"{folder}: adapter_config.json is not a JSON object")
     if odd := _unknown_options(config):
         raise UserError(f"{folder}: not a plain LoRA adapter: {odd}")
-    add_lora(model, int(config["r"]), config["lora_alpha"])
+    if not tensors:
+        raise UserError(f"{folder}: adapter_model.safetensors holds no weights")
+    add_lora(model, config["r"], config["lora_alpha"])
     for name, layer in lora_layers(model).items():
-        for part in ("lora_A", "lora_B"):
-            value = tensors.pop(f"base_model.model.{name}.{part}.weight", None)
+        keys = [f"base_model.model.{name}.{part}.weight" for part in ("lora_A", "lora_B")]
+        if (keys[0] in tensors) != (keys[1] in tensors):
+            raise UserError(f"{folder}: {name} has only one of lora_A and lora_B")
+        for part, key in zip(("lora_A", "lora_B"), keys, strict=True):
+            value = tensors.pop(key, None)
             parameter = getattr(layer, part)
             if value is None:  # a layer that this adapter leaves alone
                 parameter.data.zero_()

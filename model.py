@@ -83,8 +83,9 @@ def load_model(
                 bnb_4bit_compute_dtype=dtype,
             )
             extra["device_map"] = {"": str(device)}
-        bars = hf_logging.is_progress_bar_enabled()
+        bars, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
         hf_logging.disable_progress_bar()
+        hf_logging.set_verbosity_error()  # _refuse_incomplete says in a line what it would print
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 name,
@@ -96,6 +97,7 @@ def load_model(
                 **extra,
             )
         finally:
+            hf_logging.set_verbosity(verbosity)
             if bars:
                 hf_logging.enable_progress_bar()
     _refuse_incomplete(name, info)
@@ -109,15 +111,19 @@ def load_model(
     return model
 
 
+# Buffers that old checkpoints store although they are computed.
+COMPUTED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias")
+
+
 def _refuse_incomplete(name: str, info: dict) -> None:
-    """Weights that a folder lacks would be drawn at random, and those too many left out."""
-    for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        keys = sorted(map(str, info.get(what) or ()))
+    """transformers draws missing weights at random, without a seed, and leaves unknown ones out."""
+    unknown = [key for key in info["unexpected_keys"] if not key.endswith(COMPUTED)]
+    for what, keys in (("lacks", list(info["missing_keys"])), ("has no place for", unknown)):
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise UserError(
-                f"model {name!r}: {what.replace('_', ' ')} in its weights: {keys[0]}{more}: "
-                "the folder is incomplete or holds another model"
+                f"model {name!r}: {what} the weights {sorted(keys)[0]}{more}: the folder is "
+                "incomplete, or holds another model than its config.json says"
             )
 
 

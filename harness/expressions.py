@@ -11,10 +11,12 @@ import ast
 import difflib
 import inspect
 import math
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,7 +88,10 @@ class Reward:
             default = f"{need}, which only rollouts scored by a model have"
             what = MISSING.get(need.partition(":")[0], default)
             raise UserError(f"reward {self.expression!r} needs {what}")
-        return self.compute(rollouts)
+        out = self.compute(rollouts)
+        if not out.isfinite().all():
+            raise UserError(f"reward {self.expression!r} is not finite: its sum is too large")
+        return out
 
     def __str__(self) -> str:
         return self.expression
@@ -129,13 +134,20 @@ class Leaf:
         return needs(**self.arguments) if callable(needs) else needs
 
     def __call__(self, rollouts: Any) -> Tensor:
-        """float32 [B]. An error inside the reward keeps its traceback and is told the name."""
+        """float32 [B]. Raises UserError, with the reward's name, where it fails."""
         rows = len(rollouts.text)
         try:
-            out = torch.as_tensor(self.entry.function(rollouts, **self.arguments)).float().cpu()
-        except Exception as error:
-            error.add_note(f"in reward {self.name!r}")
+            out = self.entry.function(rollouts, **self.arguments)
+        except (UserError, torch.OutOfMemoryError):
             raise
+        except Exception as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            where = f"{Path(frame.filename).name}:{frame.lineno}"
+            raise UserError(f"reward {self.name!r} failed at {where}: {reason}") from error
+        if not isinstance(out, Tensor) or out.is_complex():
+            raise UserError(f"reward {self.name!r} gives {type(out).__name__}, not a float tensor")
+        out = out.detach().float().cpu()
         if out.shape != (rows,):
             shape = tuple(out.shape)
             raise UserError(f"reward {self.name!r} has shape {shape}: it must give {rows} numbers")

@@ -1,5 +1,6 @@
 """Small random models of the supported shapes, shared material, and what a GPU test needs."""
 
+import json
 import os
 from pathlib import Path
 
@@ -83,7 +84,9 @@ def made_up(chat_template: str | None, *special: str):
 
 
 def write_state(folder: Path, steps_done: int) -> None:
-    """What a run's checkpoint says of itself, without its weights."""
+    """What a run's checkpoint and its adapter say of themselves, without their weights."""
+    (folder / "adapter").mkdir(exist_ok=True)
+    (folder / "adapter" / "nanorlvr.json").write_text(json.dumps({"steps_done": steps_done}))
     metadata = {"steps_done": str(steps_done)}
     save_file({"nothing": torch.zeros(1)}, folder / "state.safetensors", metadata)
 

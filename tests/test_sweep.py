@@ -248,6 +248,8 @@ row["eval_accuracy"] = row["accuracy"]
 (folder / "metrics.jsonl").write_text(json.dumps(row) + "\\n")
 from safetensors.numpy import save_file
 save_file({}, folder / "state.safetensors", {"steps_done": "1"})
+(folder / "adapter").mkdir(exist_ok=True)
+(folder / "adapter" / "nanorlvr.json").write_text('{"steps_done": 1}')
 """
 
 

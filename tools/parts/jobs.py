@@ -13,9 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -24,7 +23,15 @@ from tqdm import tqdm
 from harness.configurator import PROJECT, configure
 from harness.errors import UserError
 from harness.memory import device_memory
-from harness.runfiles import is_complete, read_config, read_jsonl, read_state
+from harness.runfiles import (
+    is_complete,
+    read_config,
+    read_jsonl,
+    read_state,
+    stale,
+    trained_weights,
+)
+from harness.stopping import StopOnSignal
 from settings import Config, choose_scale
 from tasks import tiny
 from tools.parts.arms import as_saved, differences
@@ -70,14 +77,15 @@ def state(job: Job) -> str:
         if not _settled(key, value, before):
             raise UserError(f"{job.folder}: holds a run with {key}={before}, not {value}: "
                             "delete the folder, or name another --out")  # fmt: skip
-    if is_complete(job.folder):
-        return "complete"
-    return "restart" if read_state(job.folder) is None else "resume"
+    if read_state(job.folder) is None:
+        return "restart"
+    repaired = not any(map(stale, trained_weights(job.folder).values()))
+    return "complete" if is_complete(job.folder) and repaired else "resume"
 
 
 def _wait_until_free(folder: Path, seconds: float = 60.0) -> None:
     """Wait while a run whose sweep was killed ends its step (see start)."""
-    deadline = time.monotonic() + seconds
+    deadline, waited = time.monotonic() + seconds, False
     with open(folder / "lock", "a") as lock:
         while True:
             try:
@@ -86,6 +94,9 @@ def _wait_until_free(folder: Path, seconds: float = 60.0) -> None:
             except OSError as error:
                 if time.monotonic() > deadline:
                     raise UserError(f"{folder}: another process is running in it") from error
+            if not waited:
+                print(f"{folder}: another process is running in it: waiting up to {seconds:.0f} s")
+                waited = True
             time.sleep(0.2)
 
 
@@ -113,16 +124,18 @@ def start(job: Job) -> None:
             stdout=log,
             stderr=subprocess.STDOUT,
             env={**os.environ, **threads},
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            preexec_fn=partial(_end_with, os.getpid()) if sys.platform == "linux" else None,
         )
 
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
-def _end_with_parent() -> None:
+def _end_with(parent: int) -> None:
     """In the child: get TERM when the parent dies, also by kill -9. The run then saves and ends."""
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it has died already
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def run_jobs(jobs: Sequence[Job], at_once: int, poll: float = 1.0) -> None:
@@ -164,7 +177,7 @@ def _last_line(log: Path) -> str:
 
 
 def run_all(jobs: Sequence[Job], at_once: int, out: Path) -> None:
-    """run_jobs for a command line: says what is kept; Ctrl-C and TERM end the runs, too."""
+    """run_jobs for a command line: says what is kept; Ctrl-C, TERM and HUP end the runs, too."""
     kept = sum(state(job) == "complete" for job in jobs)
     if kept:
         print(f"{kept} of {len(jobs)} runs are complete and kept (delete {out} to start anew)")
@@ -175,20 +188,11 @@ def run_all(jobs: Sequence[Job], at_once: int, out: Path) -> None:
     for name in dict.fromkeys(job.config.model for job in jobs):
         tiny.resolve(name)
     try:
-        with _term_as_ctrl_c():
+        with StopOnSignal() as stop, stop.at_once():
             run_jobs(jobs, at_once)
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on, logs are in {out}", file=sys.stderr)
         raise
-
-
-@contextmanager
-def _term_as_ctrl_c():
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def how_many(jobs: Sequence[Job]) -> int:

@@ -30,22 +30,37 @@ END = 0  # the token that ends a peer's response, and pads what is behind it
 
 
 class EndAt(LogitsProcessor):
-    """Let row i end with its budgets[i]-th token, neither earlier nor later."""
+    """Let row i end with its budgets[i]-th token, neither earlier nor later.
 
-    def __init__(self, budgets: list[int], prompt_tokens: int, device: torch.device):
+    No token in ends, a model's own end tokens, is ever sampled: a real model would stop at them.
+    """
+
+    def __init__(
+        self, budgets: list[int], prompt_tokens: int, ends: list[int], device: torch.device
+    ):
         self.budgets = torch.tensor(budgets, device=device)
+        self.never = torch.tensor([END, *ends], device=device)
         self.ending = set(budgets)
         self.prompt_tokens = prompt_tokens
 
     def __call__(self, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """tokens int64 [n, T], scores [n, V]: in place, since generate hands over a copy."""
         position = tokens.shape[1] - self.prompt_tokens + 1  # of the token to come, from 1
-        scores[:, END] = -torch.inf
+        scores[:, self.never] = -torch.inf
         if position in self.ending:
             rows = (self.budgets == position).nonzero()[:, 0]
             scores[rows] = -torch.inf
             scores[rows, END] = 0.0
         return scores
+
+
+def own_ends(model: nn.Module) -> list[int]:
+    """The tokens at which a model stops by its own configuration."""
+    ids: set[int] = set()
+    for source in (model.generation_config, model.config):
+        eos = getattr(source, "eos_token_id", None)
+        ids.update(eos if isinstance(eos, list | tuple) else [] if eos is None else [eos])
+    return sorted(ids)
 
 
 # ------------------------------------------------------------------------- transformers' generate
@@ -105,7 +120,7 @@ def hf_generate(
             max_new_tokens=max(ends), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
             eos_token_id=END, pad_token_id=END, use_cache=True,
         )  # fmt: skip
-        end_at = EndAt(ends, rows.shape[1], device)
+        end_at = EndAt(ends, rows.shape[1], own_ends(model), device)
         out = model.generate(
             part, attention_mask=torch.ones_like(part), generation_config=config,
             logits_processor=LogitsProcessorList([end_at]),
@@ -252,7 +267,9 @@ def trl_steps(
         trainer.remove_callback(PrinterCallback)  # standard output is the report's
         plain = trainer.model.get_base_model() if lora_r else trainer.model
         generate = plain.generate
-        end_at = LogitsProcessorList([EndAt(budgets, len(prompts[0]), device)])
+        at = EndAt(budgets, len(prompts[0]), own_ends(plain), device)
+        end_at = LogitsProcessorList([at])
+        plain.generation_config.eos_token_id = END
 
         def timed(*args, **kwargs):
             start = time.perf_counter()

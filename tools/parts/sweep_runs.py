@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.runfiles import read_config, read_jsonl
+from harness.runfiles import is_complete, read_config, read_jsonl
 from settings import Config
 from tools.parts.arms import (
     MEMORY_KEYS,
@@ -32,12 +32,9 @@ def load_sweep_arm(folder: Path, wanted: dict | None = None) -> Arm:
     seeds = [path.name.removeprefix("seed") for path in folder.glob("seed*") if path.is_dir()]
     for seed in sorted(int(seed) for seed in seeds if seed.isdigit()):
         run = folder / f"seed{seed}"
-        rows = read_jsonl(run / "metrics.jsonl")
-        if not rows:
+        if not read_jsonl(run / "metrics.jsonl") or not is_complete(run):
             continue
         config = every_knob(read_config(run))
-        if rows[-1]["step"] != config["steps"]:
-            continue
         arm.config = arm.config or config
         for key, (here, there) in differences(config, arm.config, IN_ONE_ARM).items():
             first = f" as in {arm.folders[0]}" if arm.folders else ""
