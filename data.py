@@ -4,13 +4,9 @@ Whatever is drawn here is a pure function of (seed, step): resuming needs no sta
 run walks the same data on any machine.
 """
 
-import json
-import re
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,15 +14,7 @@ import torch
 from harness.errors import UserError
 
 # The first key of every generator: two uses of randomness never share a stream.
-SUBSET, ORDER, PARTITION = 101, 102, 103
-
-# Short names of data sets on the Hugging Face hub, as owner/name or owner/name:config.
-HUB = {
-    "math500": "HuggingFaceH4/MATH-500",
-    "math_train": "DigitalLearningGmbH/MATH-lighteval",  # train is Hendrycks' 7,500 rows
-    "deepscaler": "agentica-org/DeepScaleR-Preview-Dataset",
-    "gsm8k": "openai/gsm8k:main",
-}
+ORDER, PARTITION = 102, 103
 
 # name -> (system, user) through the model's chat template, or None: the problem and nothing else.
 # With an empty system many templates put in one of their own, Qwen's among them.
@@ -38,10 +26,6 @@ PROMPTS: dict[str, tuple[str, str] | None] = {
     "simplerl": ("", "{problem}\n" + BOXED),
     "math_problem": ("You are a helpful Assistant.", "Math Problem: {problem}"),
 }
-
-
-# Columns that hold a problem as plain text, in the order in which they are looked up.
-PROBLEM_COLUMNS = ("problem", "question", "prompt")
 
 
 @dataclass
@@ -157,273 +141,6 @@ class Rollouts:
         return torch.arange(len(self.text), device=self.length.device) % self.group_size
 
 
-# ---- reading problems
-
-
-def load_problems(
-    source: str, split: Literal["train", "test"], keep_duplicates: bool = False
-) -> list[Problem]:
-    """The problems of a .jsonl or .json file, of a folder with {split}.jsonl, of a name in HUB,
-    or of a hub id (owner/name or owner/name:config; cached copies serve without a network).
-
-    A problem that stands in several rows is taken once, from the first of them, unless
-    keep_duplicates; a line says how many are distinct. A hub data set with a single split is read
-    whatever `split` says. UserError where there is nothing to read, or where a row has no problem
-    or no answer (on the hub: left out, counted).
-    """
-    path = Path(source).expanduser()
-    local = source not in HUB and path.exists()
-    problems, faults, chats = [], [], 0
-    for i, (where, row) in enumerate(
-        _file_rows(path, split) if local else _hub_rows(source, split)
-    ):
-        try:
-            problems.append(_problem(row, f"{path.stem}/{i}"))
-            chats += not _first(row, *PROBLEM_COLUMNS)
-        except ValueError as error:
-            faults.append(f"{where}: {error}")
-            if local:  # a user can mend a file of theirs
-                raise UserError(faults[0]) from None
-    if not problems:
-        raise UserError(
-            faults[0] if faults else f"{source}: empty: it needs one JSON object a line"
-        )
-    if faults:
-        print(f"{source}: {len(faults)} rows left out, such as {faults[0]}", file=sys.stderr)
-    if chats:
-        print(
-            f"{source}: {chats} prompts are chat messages: the user turn is the problem, with any "
-            "instructions in it; a system turn is left out, as the prompt format has its own",
-            file=sys.stderr,
-        )
-    return _distinct(problems, source, keep_duplicates)
-
-
-def _distinct(problems: list[Problem], source: str, keep_duplicates: bool) -> list[Problem]:
-    """The first of each distinct problem, or all if asked; a line says how many are distinct."""
-    keys = [_key(problem) for problem in problems]
-    first: dict[str, Problem] = {}
-    for key, problem in zip(keys, problems, strict=True):
-        first.setdefault(key, problem)
-    if len(first) < len(problems):
-        differ = sum(p.answer != first[key].answer for key, p in zip(keys, problems, strict=True))
-        print(
-            f"{source}: {len(problems)} rows hold {len(first)} distinct problems: "
-            + ("all rows are used" if keep_duplicates else "each is used once, by its first row")
-            + (f"; {differ} rows give a repeated problem another answer" if differ else ""),
-            file=sys.stderr,
-        )
-    return problems if keep_duplicates else list(first.values())
-
-
-def _key(problem: Problem) -> str:
-    """What two rows with the same problem share: its text, but for case and white space."""
-    return " ".join(problem.problem.split()).casefold()
-
-
-def _file_rows(path: Path, split: str) -> Iterable[tuple[str, Any]]:
-    """(where, row) of a file of JSON lines or of one JSON list, or of a folder's {split} file."""
-    if path.is_dir():
-        folder, path = path, path / f"{split}.jsonl"
-        path = path if path.exists() else folder / f"{split}.json"
-        if not path.exists():
-            raise UserError(f"{folder}: the folder has no {split}.jsonl: name the file itself")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text: {error}") from None
-    line = 1
-    try:
-        if text.lstrip().startswith("["):
-            for i, row in enumerate(json.loads(text), start=1):
-                yield f"{path}: row {i}", row
-        else:
-            for line, content in enumerate(text.split("\n"), start=1):
-                if content.strip():
-                    yield f"{path}:{line}", json.loads(content)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{line + error.lineno - 1}: not JSON: {error.msg}") from None
-
-
-def _hub_rows(source: str, split: str) -> Iterable[tuple[str, Any]]:
-    """(where, row) of a data set on the Hugging Face hub, or of its cached copy."""
-    repo, _, config = HUB.get(source, source).partition(":")
-    option = f"--{'train' if split == 'train' else 'eval'}_data=path/to/{split}.jsonl"
-    advice = f"name a local .jsonl file or folder instead, as in {option}"
-    if not re.fullmatch(r"(?!.*\.jsonl?$)[\w.-]+/[\w.-]+", repo):
-        names = ", ".join(HUB)
-        raise UserError(f"{source}: no such file or folder, nor a hub name (owner/name, {names})")
-    import datasets  # slow to import, and of no use to local files
-    import huggingface_hub
-
-    was_offline, reached = datasets.config.HF_HUB_OFFLINE, True
-    try:
-        # asked here because `datasets` retries for 23 s before it gives up
-        huggingface_hub.HfApi().dataset_info(repo, timeout=5)
-    except huggingface_hub.errors.RepositoryNotFoundError:
-        raise UserError(f"{source}: no file, folder or public hub data set: {advice}") from None
-    except Exception:  # no network, hub down, HF_HUB_OFFLINE=1: a cached copy will do
-        datasets.config.HF_HUB_OFFLINE, reached = True, False
-    try:
-        splits = datasets.load_dataset(repo, config or None)
-    except Exception as error:
-        reason = str(error).split("\n")[0] if reached else "no hub within reach, no cached copy"
-        raise UserError(f"{source} ({repo}): {reason}: {advice}") from None
-    finally:
-        datasets.config.HF_HUB_OFFLINE = was_offline
-    if split not in splits and len(splits) > 1:
-        raise UserError(f"{source} ({repo}): no split {split!r}, only {', '.join(splits)}")
-    rows = splits[split] if split in splits else next(iter(splits.values()))
-    for i, row in enumerate(rows):
-        yield f"{source}: row {i}", row
-
-
-def _problem(row: Any, default_id: str) -> Problem:
-    """A row of any of the sources. ValueError where it lacks a problem or an answer.
-
-    DAPO-Math-17k has chat messages as its prompt, and the answer in reward_model.ground_truth.
-    """
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
-    problem = _first(row, *PROBLEM_COLUMNS) or _user_turn(row.get("prompt"))
-    if not problem:
-        raise ValueError("the row has no problem (nor question, nor prompt)")
-    answer = _first(row, "answer", "final_answer").strip()
-    if not answer and isinstance(row.get("reward_model"), dict):
-        answer = _first(row["reward_model"], "ground_truth").strip()
-    # beside an answer, a label is what a model says; alone, it is the answer
-    label = _first(row, "label").strip()
-    if not answer:
-        answer, label = label, ""
-    if "####" in answer:  # GSM8K: the working, then the answer
-        answer = answer.rpartition("####")[2].strip().replace(",", "")
-    if "\\boxed" in answer:  # a sentence with a box: the box; with several, the last one
-        answer = last_box(answer)
-    answer = answer or last_box(_first(row, "solution"))
-    if not answer:
-        raise ValueError("the row has no answer (nor a solution with a \\boxed one)")
-    return Problem(
-        problem=problem,
-        answer=answer,
-        id=_first(row, "unique_id", "id") or default_id,
-        subject=_first(row, "subject", "type"),
-        level=_level(_first(row, "level")),
-        label=label,
-    )
-
-
-def _user_turn(prompt: Any) -> str:
-    """The text of the one user turn in chat messages, "" where it is no such list.
-
-    ValueError where there are several user turns, or turns of the assistant: the problem would
-    lose what was said before.
-    """
-    if not isinstance(prompt, list) or not all(isinstance(turn, dict) for turn in prompt):
-        return ""
-    turns = [turn for turn in prompt if turn.get("role") not in ("system", "developer")]
-    if [turn.get("role") for turn in turns] != ["user"]:
-        raise ValueError("its prompt is a list of messages with other turns than one of the user")
-    return _first(turns[0], "content")
-
-
-def _first(row: dict[str, Any], *keys: str) -> str:
-    """The first of the columns that holds something, as text; "" where none does."""
-    for key in keys:
-        value = row.get(key)
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)  # AMC writes 27.0
-        if isinstance(value, str | int | float) and value == value and str(value).strip():
-            return str(value)
-    return ""
-
-
-def _level(text: str) -> str:
-    return text.lower().removeprefix("level").strip().removesuffix(".0")
-
-
-def last_box(text: str) -> str:
-    r"""What stands in the last \boxed{...} of a solution, "" where there is none.
-
-    MATH also writes a few answers without braces, as `\boxed 2$`.
-    """
-    start = text.rfind("\\boxed")
-    if start < 0:
-        return ""
-    rest = text[start + len("\\boxed") :].lstrip()
-    if not rest.startswith("{"):
-        return re.split(r"[$\s]", rest)[0].rstrip(".")
-    depth = 0
-    for i, character in enumerate(rest):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return rest[1:i].strip()
-    return ""
-
-
-def load_completions(file: str) -> list[dict]:
-    """Rows of a .jsonl of saved completions: problem, answer (str), completions (list of str) and,
-    where there are any, correct (one for each completion) and other columns.
-
-    Raises UserError naming the line that is no such row.
-    """
-    try:
-        lines = Path(file).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--completions={file}: cannot be read as text: {error}") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{file}:{number}: not JSON ({error})") from error
-        texts = row.get("completions") if isinstance(row, dict) else None
-        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
-            raise UserError(f"{file}:{number}: wants completions, a list of one or more strings")
-        if row.get("answer") is None:
-            raise UserError(f"{file}:{number}: wants an answer")
-        correct = row.get("correct")
-        if correct is not None and (not isinstance(correct, list) or len(correct) != len(texts)):
-            raise UserError(f"{file}:{number}: wants as many of correct as of completions")
-        rows.append({"problem": "", **row, "answer": str(row["answer"])})
-    if not rows:
-        raise UserError(f"{file}: holds no completions")
-    return rows
-
-
-def subset(
-    problems: list[Problem], n: int = 0, level: str = "", subject: str = "", seed: int = 0
-) -> list[Problem]:
-    """Those of a level and a subject (any case), then n of them drawn without replacement.
-
-    File order is kept. n = 0, or more than there are, takes all. UserError where none is left.
-    """
-    for name, wanted in (("level", _level(level)), ("subject", subject.strip().casefold())):
-        kept = [p for p in problems if not wanted or getattr(p, name).casefold() == wanted]
-        if not kept:
-            there = ", ".join(sorted({getattr(p, name) for p in problems} - {""})) or "none at all"
-            raise UserError(f"no problem has {name} {wanted!r}: there is {there}")
-        problems = kept
-    if not 0 < n < len(problems):
-        return problems
-    chosen = _rng(SUBSET, seed).choice(len(problems), size=n, replace=False)
-    return [problems[i] for i in sorted(chosen)]
-
-
-def drop_overlap(train: list[Problem], held_out: list[Problem]) -> tuple[list[Problem], int]:
-    """train without the problems of held_out (but for case and white space), how many went.
-
-    Four problems of MATH-500 stand word for word in DeepScaleR (arXiv 2506.10947). UserError where
-    none is left.
-    """
-    seen = {_key(p) for p in held_out}
-    kept = [p for p in train if _key(p) not in seen]
-    if not kept:
-        raise UserError("train_data: every problem is in eval_data too: name another one of them")
-    return kept, len(train) - len(kept)
-
-
 # ---- prompts
 
 
@@ -514,7 +231,8 @@ def prepare(
 # ---- order
 
 
-def _rng(*keys: int) -> np.random.Generator:
+def rng(*keys: int) -> np.random.Generator:
+    """A generator that is a function of its keys; the first says what it is used for."""
     if min(keys) < 0:
         raise UserError(f"seed={min(keys)}: a seed is 0 or more")
     return np.random.default_rng(keys)
@@ -528,7 +246,7 @@ def batch_indices(n: int, prompts_per_step: int, seed: int, step: int) -> list[i
     """
     places = range(step * prompts_per_step, (step + 1) * prompts_per_step)
     epochs = {place // n for place in places}
-    orders = {epoch: _rng(ORDER, seed, epoch).permutation(n).tolist() for epoch in epochs}
+    orders = {epoch: rng(ORDER, seed, epoch).permutation(n).tolist() for epoch in epochs}
     return [orders[place // n][place % n] for place in places]
 
 
@@ -549,7 +267,7 @@ def partition(
     if len(lengths) < updates:
         raise UserError(f"updates={updates}: a step has only {len(lengths)} rollouts to share out")
     steps = []
-    for rows in np.array_split(_rng(PARTITION, seed, step).permutation(len(lengths)), updates):
+    for rows in np.array_split(rng(PARTITION, seed, step).permutation(len(lengths)), updates):
         micro_batches: list[list[int]] = []
         for row in rows[np.argsort(-lengths[rows], kind="stable")].tolist():
             current = micro_batches[-1] if micro_batches else []

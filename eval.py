@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 import grading
-from data import Problem, load_completions, load_problems, prepare, subset
+from data import Problem, prepare
 from engine import EVAL_NOISE, generate
 from harness.configurator import configure
 from harness.errors import UserError, run
@@ -36,6 +36,7 @@ from model import (
     load_tokenizer,
 )
 from tasks import labels, tiny
+from tasks.datasets import load_completions, load_problems, subset
 from tasks.labels import LabelBy
 
 Items = list[tuple[Problem, list[int]]]  # problems and their prompts' token ids

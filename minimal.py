@@ -15,8 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grpo
-from data import Rollouts, batch_indices, load_problems, partition
+from data import Rollouts, batch_indices, partition
 from tasks import tiny
+from tasks.datasets import load_problems
 
 STEPS, PROMPTS, GROUP = 30, 16, 8  # 128 responses a step
 UPDATES = 8  # optimiser updates a step, on 16 of the responses each

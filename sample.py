@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import grading
-from data import Problem, load_problems, prepare
+from data import Problem, prepare
 from engine import EVAL_NOISE, decode, generate
 from eval import load_for_eval
 from harness.configurator import configure
@@ -24,6 +24,7 @@ from harness.runfiles import over_its_base, read_config, stale, trained_weights
 from lora import adapter_off
 from model import end_token_ids, load_model
 from tasks import tiny
+from tasks.datasets import load_problems
 
 
 @dataclass

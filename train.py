@@ -37,7 +37,7 @@ from transformers import PreTrainedTokenizerBase
 
 import grpo
 import rewards
-from data import Problem, Rollouts, batch_indices, load_problems, partition, prepare, subset
+from data import Problem, Rollouts, batch_indices, partition, prepare
 from engine import TRAIN_NOISE, decode, decode_raw, generate
 from eval import Sampling, evaluate
 from harness.checkpoint import RunFolder
@@ -73,6 +73,7 @@ from settings import (
     needs_base,
 )
 from tasks import tiny
+from tasks.datasets import load_problems, subset
 from tasks.problems import training_problems
 
 Tokenizer = PreTrainedTokenizerBase

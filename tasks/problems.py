@@ -1,9 +1,10 @@
 """Which problems a run trains on: held-out ones dropped, labels where needed, one-shot."""
 
-from data import Problem, drop_overlap, load_problems
+from data import Problem
 from harness.errors import UserError
 from harness.expressions import Reward
 from tasks import tiny
+from tasks.datasets import drop_overlap, load_problems
 from tasks.labels import label_is_right
 
 # The training problem of "one-shot RLVR" (pi_1 of Wang et al., arXiv 2504.20571), in our own words.

@@ -28,8 +28,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Problem, load_problems
+from data import Problem
 from harness.errors import UserError
+from tasks.datasets import load_problems
 
 CODE_SHARE = 0.65  # of the base model's answers, in both families (Qwen2.5-Math-7B: 0.65)
 BOXED_SHARE = 0.8

@@ -1,9 +1,11 @@
 """data.py: reading problems, prompts, rollouts and the order of everything."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -13,21 +15,11 @@ from conftest import made_up
 from tokenizers import processors
 
 import data
-from data import (
-    PROMPTS,
-    Problem,
-    Rollouts,
-    batch_indices,
-    drop_overlap,
-    last_box,
-    load_problems,
-    partition,
-    prepare,
-    render,
-    subset,
-)
+from data import PROMPTS, Problem, Rollouts, batch_indices, partition, prepare, render
 from harness.errors import UserError
 from model import turn_end_ids
+from tasks import datasets
+from tasks.datasets import drop_overlap, load_problems, solution_box, subset
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -168,9 +160,9 @@ def test_nothing_to_read(tmp_path):
 
 
 def test_last_box():
-    assert last_box(r"\boxed{a} then $\boxed{x_{1}^{2}}$ ok}") == "x_{1}^{2}"
-    assert last_box(r"$\boxed 2$.") == "2" and last_box(r"is \boxed 7.") == "7"
-    assert last_box(r"\boxed{1} and \boxed{2") == "" == last_box("2")
+    assert solution_box(r"\boxed{a} then $\boxed{x_{1}^{2}}$ ok}") == "x_{1}^{2}"
+    assert solution_box(r"$\boxed 2$.") == "2" and solution_box(r"is \boxed 7.") == "7"
+    assert solution_box(r"\boxed{1} and \boxed{2") == "" == solution_box("2")
 
 
 @pytest.fixture
@@ -218,10 +210,10 @@ def test_without_a_hub_the_cached_copy_serves(no_hub, tmp_path, monkeypatch):
 
 def test_hub_rows_without_an_answer_are_left_out_and_counted(monkeypatch, capsys):
     rows = [("x: row 0", {"problem": "p"}), ("x: row 1", {"problem": "q", "answer": "1"})]
-    monkeypatch.setattr(data, "_hub_rows", lambda source, split: rows)
+    monkeypatch.setattr(datasets, "_hub_rows", lambda source, split: rows)
     assert [p.problem for p in load_problems("x/y", "train")] == ["q"]
     assert "1 rows left out" in capsys.readouterr().err
-    monkeypatch.setattr(data, "_hub_rows", lambda source, split: rows[:1])
+    monkeypatch.setattr(datasets, "_hub_rows", lambda source, split: rows[:1])
     assert "no answer" in refused(load_problems, "x/y", "train")
 
 
@@ -237,7 +229,7 @@ def test_the_real_data_sets():
     math500 = load_problems(str(folder / "math500"), "test")
     rows = [json.loads(x) for x in (folder / "math500/test.jsonl").read_text().splitlines()]
     assert [p.answer for p in math500] == [row["answer"] for row in rows]
-    assert [last_box(row["solution"]) for row in rows] == [row["answer"] for row in rows]
+    assert [solution_box(row["solution"]) for row in rows] == [row["answer"] for row in rows]
     assert {p.level for p in math500} == set("12345")
     train = load_problems(str(folder / "math_train"), "train")
     assert drop_overlap(train, math500)[1] == 0
@@ -518,7 +510,43 @@ def test_partition_is_shuffled_by_seed_and_step():
 
 
 def test_no_two_uses_share_a_stream():
-    tags = (data.SUBSET, data.ORDER, data.PARTITION)
+    tags = (datasets.SUBSET, data.ORDER, data.PARTITION)
     assert len(set(tags)) == 3
     order = batch_indices(50, 50, 7, 0)
     assert order != [row for row in partition([1] * 50, 1, 10**6, 7, 0)[0][0]]
+
+
+# ---- generated arithmetic, SVAMP, numbers
+
+
+@pytest.mark.parametrize("name,operations", [("arithmetic", 2), ("arithmetic_5", 5)])
+def test_arithmetic_is_right_the_same_everywhere_and_disjoint(name, operations):
+    train, test = load_problems(name, "train"), load_problems(name, "test")
+    assert (len(train), len(test)) == (4000, 500)
+    texts = {p.problem for p in train}
+    assert len(texts) == 4000 and not texts & {p.problem for p in test}
+    assert load_problems(name, "test") == test
+    for problem in (*train[:200], *test[:50]):
+        text = problem.problem.removeprefix("What is ").removesuffix("?")
+        assert sum(text.count(f" {sign} ") for sign in "+-*/") == operations
+        exact = re.sub(r"\d+", lambda number: f"Fraction({number[0]})", text)
+        assert str(eval(exact, {"Fraction": Fraction})) == problem.answer
+
+
+def test_arithmetic_has_bounds():
+    for name in ("arithmetic_0", "arithmetic_21"):
+        with pytest.raises(UserError, match=name):
+            load_problems(name, "test")
+
+
+def test_svamp_and_small_numbers(tmp_path):
+    rows = [
+        {"Body": "Tom has 3 pens.", "Question": "How many?", "Answer": 3.0, "ID": "x"},
+        {"problem": "p", "answer": 0.00001},
+        {"problem": "q", "answer": -1.5e-7},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    problems = load_problems(str(path), "train")
+    assert problems[0].problem == "Tom has 3 pens. How many?"
+    assert [p.answer for p in problems] == ["3", "0.00001", "-0.00000015"]

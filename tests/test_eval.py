@@ -6,10 +6,11 @@ import math
 import pytest
 
 import eval as evaluation
-from data import load_completions, load_problems, prepare
+from data import prepare
 from eval import Sampling
 from harness.errors import UserError
 from model import load_model, load_tokenizer
+from tasks.datasets import load_completions, load_problems
 
 
 def row(correct, texts, **more):

@@ -8,9 +8,10 @@ import pytest
 import eval as evaluation
 import grading
 import rewards
-from data import Problem, load_problems
+from data import Problem
 from harness.errors import UserError
 from tasks import labels
+from tasks.datasets import load_problems
 from tasks.problems import training_problems
 
 P = Problem("p", "1/2", id="a", subject="s", level="3")

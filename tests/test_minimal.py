@@ -10,8 +10,9 @@ from test_train import small_config
 import grpo
 import minimal
 import train as trainer
-from data import load_problems, partition
+from data import partition
 from model import load_model, load_tokenizer
+from tasks.datasets import load_problems
 
 
 @pytest.mark.parametrize("clip", ["both", "off"])

@@ -5,9 +5,9 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grading
-from data import load_problems
 from grading import last_boxed
 from tasks import labels, tiny
+from tasks.datasets import load_problems
 
 
 def cases(n=200, hard=None):

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 import grading
-from data import load_completions
 from harness.configurator import configure
 from harness.errors import UserError, run
 from rewards import REGISTRY, auroc, parse, watched
+from tasks.datasets import load_completions
 
 
 @dataclass

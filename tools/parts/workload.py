@@ -17,7 +17,7 @@ import grpo
 import metrics
 import rewards
 import train
-from data import Problem, Rollouts, load_problems, partition, prepare
+from data import Problem, Rollouts, partition, prepare
 from engine import TRAIN_NOISE, Generation, decode, generate
 from harness.memory import decode_with
 from lora import add_lora, trainable
@@ -30,6 +30,7 @@ from model import (
 )
 from settings import Config
 from tasks import tiny
+from tasks.datasets import load_problems
 
 if TYPE_CHECKING:
     from tools.bench import BenchConfig
