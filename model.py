@@ -4,6 +4,7 @@ The forward pass is transformers' own; the chunked head with its statistics is o
 """
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,17 +33,43 @@ END_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<
 
 
 def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """Resolve auto. Raises UserError for a device that is not there."""
+    """Resolve auto; a GPU gets its index and becomes the current device.
+
+    Raises UserError for a device that is not there or is neither cpu nor cuda, and for bfloat16 on
+    a GPU that has no units for it.
+    """
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
         resolved = torch.device(name)
+        if resolved.type not in ("cpu", "cuda"):
+            raise UserError(f"device {device!r} is not supported: --device=cpu or --device=cuda")
+        if resolved.type == "cuda":
+            resolved = torch.device("cuda", resolved.index or 0)
+            _prepare_cuda(resolved)
         torch.zeros(1, device=resolved)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"device {device!r} cannot be used here ({reason})") from error
     if dtype == "auto":
         dtype = "bfloat16" if resolved.type == "cuda" else "float32"
+    if resolved.type == "cuda" and dtype == "bfloat16":
+        if torch.cuda.get_device_capability(resolved) < (8, 0):
+            raise UserError(
+                f"dtype bfloat16 needs a GPU of the Ampere generation or later, and {name} is older"
+                ": --dtype=float32"
+            )
     return resolved, getattr(torch, dtype)
+
+
+def _prepare_cuda(device: torch.device) -> None:
+    """Make the device the current one, on whose stream graphs are captured."""
+    # Shapes vary from step to step, and fixed segments would leave holes. Read at the first use.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    torch.cuda.set_device(device)
+    # cuDNN's attention may differ with and without gradients, and the first ratio of a step must be
+    # exactly 1. It also plans anew for each shape.
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
