@@ -11,9 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as hf_logging
 
 from harness.errors import UserError
@@ -124,10 +131,30 @@ def load_model(
         model.to(device)
     if str(device) == "cpu" and model.num_parameters() < SMALL_MODEL:
         torch.set_num_threads(1)
+    if torch.device(device).type == "cuda" and dtype == torch.float32:
+        model.config._attn_implementation = EXPANDED_ATTENTION
     model.requires_grad_(False)
     model.train()
     _refuse_unknown_architecture(model, name)
     return model
+
+
+EXPANDED_ATTENTION = "nanorlvr_expanded"
+
+
+def _expanded_attention(module, query, key, value, mask, scaling=None, **kwargs):
+    """Causal attention [n, heads, T, D] in fp32 on CUDA, keys and values repeated for their heads.
+
+    Flash attention takes no fp32, and the memory-efficient kernel takes no grouped heads: without
+    this all T x T scores would be held. No mask: padding stands to the right.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    out = F.scaled_dot_product_attention(query, key, value, scale=scaling, is_causal=True)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(EXPANDED_ATTENTION, _expanded_attention)
 
 
 @contextmanager

@@ -18,8 +18,8 @@ Departures from the papers ("Spurious Rewards", arXiv 2506.10947, and INTUITOR, 
  - Problems of the training set that occur in the eval set are dropped.
 
 What is random in a step is a function of (seed, step): a resumed run equals an uninterrupted one
-to the bit on the CPU. On the GPU flash attention's backward adds up in no fixed order, so there both
-are equal up to rounding.
+to the bit on the CPU. On the GPU flash attention's backward adds up in no fixed order, so there
+both are equal up to rounding.
 """
 
 import copy
