@@ -3,7 +3,9 @@
 No forward of our own per architecture: transformers runs its layers, with a cache class and an
 attention function of ours. Each prompt is prefilled once for its whole group; a row that has ended
 leaves, and a waiting one takes its slot; the randomness of a token depends on its row and position
-alone, so neither batch nor slot changes a sample. On the GPU a step is a captured graph (slots.py).
+alone, so neither batch nor slot changes a sample, which holds to the token in fp32 on the CPU. In
+bf16 the shape of a product moves its rounding, so another max_rows gives other samples of the same
+distribution. On the GPU a step is a captured graph (slots.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +24,7 @@ from model import backbone, head, logits
 
 # First key of the noise: training, eval and majority labels never share a stream.
 TRAIN_NOISE, EVAL_NOISE, LABEL_NOISE = 1, 2, 3
-PREFILL_TOKENS = 16_384  # prompt tokens, padded, read at once; until placed they are held, too
+PREFILL_TOKENS = 4096  # prompt tokens, padded, read at once; until placed they are held, too
 
 
 @dataclass
@@ -49,7 +51,7 @@ def prefill(model: nn.Module, prompts: list[list[int]]) -> list[Prompt]:
     """Read prompts (token ids), right-padded: a causal model never looks right, so no mask."""
     device = next(model.parameters()).device
     lens = torch.tensor([len(p) for p in prompts], device=device)
-    P = int(lens.max())
+    P = max(map(len, prompts))
     padded = torch.tensor([p + [0] * (P - len(p)) for p in prompts], device=device)  # [u, P]
     cache = PrefillCache()
     hidden = backbone(model)(padded, past_key_values=cache, use_cache=True).last_hidden_state
@@ -141,7 +143,7 @@ def _decode_all(model, prompts, group_size, slots, progress, on_end):
                 if (p + 1) * group_size <= arrived:
                     del ready[p]
         if free or ticks % every == 0:
-            ended = slots.over[: slots.n].tolist()
+            ended = slots.look()
             if progress:
                 now = (int(rows.length.sum()), arrived - ended.count(False))
                 progress(now[0] - counted[0], now[1] - counted[1])
@@ -173,6 +175,7 @@ def _slots(model, shape, n, longest) -> tuple[tuple, Slots]:
     """
     device = next(model.parameters()).device
     setup = decode_setup(model)
+    longest = max(longest, setup.longest_prompt)
     key = (repr(shape), n, weights_address(model))
     kept_key, kept = setup.kept or (None, None)
     drop_slots(model)

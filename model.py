@@ -4,15 +4,23 @@ The forward pass is transformers' own; the chunked head with its statistics is o
 """
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as hf_logging
 
 from harness.errors import UserError
@@ -31,17 +39,43 @@ SMALL_MODEL = 2_000_000
 
 
 def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """Resolve auto. Raises UserError for a device that is not there."""
+    """Resolve auto; a GPU gets its index and becomes the current device.
+
+    Raises UserError for a device that is not there or is neither cpu nor cuda, and for bfloat16 on
+    a GPU that has no units for it.
+    """
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
         resolved = torch.device(name)
+        if resolved.type not in ("cpu", "cuda"):
+            raise UserError(f"device {device!r} is not supported: --device=cpu or --device=cuda")
+        if resolved.type == "cuda":
+            resolved = torch.device("cuda", resolved.index or 0)
+            _prepare_cuda(resolved)
         torch.zeros(1, device=resolved)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"device {device!r} cannot be used here ({reason})") from error
     if dtype == "auto":
         dtype = "bfloat16" if resolved.type == "cuda" else "float32"
+    if resolved.type == "cuda" and dtype == "bfloat16":
+        if torch.cuda.get_device_capability(resolved) < (8, 0):
+            raise UserError(
+                f"dtype bfloat16 needs a GPU of the Ampere generation or later, and {name} is older"
+                ": --dtype=float32"
+            )
     return resolved, getattr(torch, dtype)
+
+
+def _prepare_cuda(device: torch.device) -> None:
+    """Make the device the current one, on whose stream graphs are captured."""
+    # Shapes vary from step to step, and fixed segments would leave holes. Read at the first use.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    torch.cuda.set_device(device)
+    # cuDNN's attention may differ with and without gradients, and the first ratio of a step must be
+    # exactly 1. It also plans anew for each shape.
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -105,6 +139,8 @@ def load_model(
         model.to(device)
     if str(device) == "cpu" and model.num_parameters() < SMALL_MODEL:
         torch.set_num_threads(1)
+    if torch.device(device).type == "cuda" and dtype == torch.float32:
+        model.config._attn_implementation = EXPANDED_ATTENTION
     model.requires_grad_(False)
     model.train()
     _refuse_unknown_architecture(model, name)
@@ -125,6 +161,24 @@ def _refuse_incomplete(name: str, info: dict) -> None:
                 f"model {name!r}: {what} the weights {sorted(keys)[0]}{more}: the folder is "
                 "incomplete, or holds another model than its config.json says"
             )
+
+
+EXPANDED_ATTENTION = "nanorlvr_expanded"
+
+
+def _expanded_attention(module, query, key, value, mask, scaling=None, **kwargs):
+    """Causal attention [n, heads, T, D] in fp32 on CUDA, keys and values repeated for their heads.
+
+    Flash attention takes no fp32, and the memory-efficient kernel takes no grouped heads: without
+    this all T x T scores would be held. No mask: padding stands to the right.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    out = F.scaled_dot_product_attention(query, key, value, scale=scaling, is_causal=True)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(EXPANDED_ATTENTION, _expanded_attention)
 
 
 @contextmanager

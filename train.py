@@ -18,7 +18,8 @@ Departures from the papers ("Spurious Rewards", arXiv 2506.10947, and INTUITOR, 
  - Problems of the training set that occur in the eval set are dropped.
 
 Everything random in a step is a function of (seed, step). On the CPU a resumed run therefore equals
-an uninterrupted one to the bit.
+an uninterrupted one to the bit. On a GPU flash attention's backward adds up in no fixed order, so
+there the two are equal up to rounding.
 """
 
 import copy

@@ -12,6 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 GROW = 128  # columns by which a KVCache grows, so that short responses stay cheap
 BUCKET = 256  # a StaticCache is read up to a multiple of so many columns
+ALIGN = 64  # a StaticCache has a multiple of so many columns, since kernels pad odd widths
 
 
 @dataclass
@@ -87,11 +88,11 @@ class KVCache:
         """A step is over."""
         self.column += 1
 
-    def place(self, slots: list[int], prompt: Prompt) -> None:
-        """Put a prompt into these slots, as if they had just read it."""
+    def place(self, slots: list[int], index: torch.Tensor, prompt: Prompt) -> None:
+        """Put a prompt into these slots, as if they had just read it; index: the same, [n]."""
         begin = self.column - prompt.keys[0].shape[1]
         run = slots == list(range(slots[0], slots[-1] + 1))
-        where = slice(slots[0], slots[-1] + 1) if run else slots  # a slice is quicker
+        where = slice(slots[0], slots[-1] + 1) if run else index  # a slice is quicker
         for stores, layers in ((self.keys, prompt.keys), (self.values, prompt.values)):
             for store, new in zip(stores, layers, strict=True):
                 store[where, :, begin : self.column] = new
@@ -107,11 +108,10 @@ class KVCache:
             self.start[slot] = None
         self._look()
 
-    def keep(self, slots: list[int]) -> None:
-        """Drop all other slots; those kept are numbered anew in this order."""
+    def keep(self, slots: list[int], index: torch.Tensor) -> None:
+        """Drop all other slots; those kept are numbered anew in this order. index: the same."""
         self.start = [self.start[slot] for slot in slots]
-        room = self.keys[0].shape[2] - self.column
-        self._copy(torch.tensor(slots, device=self.mask.device), room)
+        self._copy(index, self.keys[0].shape[2] - self.column)
 
     def make_room(self) -> None:
         """See to it that there is a column to write to."""
@@ -165,7 +165,7 @@ class StaticCache:
         bucket: int = BUCKET,
     ):
         self.bucket = bucket
-        columns = longest_prompt + max_new_tokens
+        columns = -(-(longest_prompt + max_new_tokens) // ALIGN) * ALIGN
         self.keys, self.values = (
             [x.new_zeros(slots, x.shape[0], columns, x.shape[2]) for x in layers]
             for layers in (like.keys, like.values)
@@ -207,11 +207,11 @@ class StaticCache:
     def get_seq_length(self, layer: int = 0) -> int:
         return 0  # positions and mask are given
 
-    def place(self, slots: list[int], prompt: Prompt) -> None:
+    def place(self, slots: list[int], index: torch.Tensor, prompt: Prompt) -> None:
         P = prompt.keys[0].shape[1]
         for stores, layers in ((self.keys, prompt.keys), (self.values, prompt.values)):
             for store, new in zip(stores, layers, strict=True):
-                store[slots, :, :P] = new
+                store[index, :, :P] = new
         for slot in slots:
             self.held[slot] = P - self.tick
 
@@ -219,10 +219,10 @@ class StaticCache:
         for slot in slots:
             self.held[slot] = None
 
-    def keep(self, slots: list[int]) -> None:
-        """These slots' tokens move to the first ones."""
+    def keep(self, slots: list[int], index: torch.Tensor) -> None:
+        """These slots' tokens move to the first ones; index: the same, [n]."""
         for store in (*self.keys, *self.values):
-            store[: len(slots)] = store[slots]
+            store[: len(slots)] = store[index]
         self.held = [self.held[slot] for slot in slots] + [None] * (len(self.held) - len(slots))
 
     def make_room(self) -> None:

@@ -10,7 +10,8 @@ def uniforms(noise: tuple[int, ...], prompt: int, sample: int, n: int) -> np.nda
     """The uniforms of one row, float64 [n]: entry j decides the token at response position j.
 
     A function of (noise, prompt, sample) alone, and a longer row starts like a shorter one, so
-    neither batch, order nor budget changes a sample. In training: (TRAIN_NOISE, seed, step).
+    neither batch, order nor budget changes a sample, up to the rounding of the logits (in bf16 that
+    depends on the rows decoded at once). In training: (TRAIN_NOISE, seed, step).
     """
     return np.random.default_rng((*noise, prompt, sample)).random(n)
 

@@ -7,6 +7,7 @@ long as nothing is replaced, it stays valid while weights (lora.merged), cache a
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -69,6 +70,9 @@ class DecodeSetup:
     static: bool
     capture: Callable | None = None  # makes a graph of a step; None: every step runs eagerly
     bucket: int = BUCKET  # a static cache is read up to a multiple of this many columns
+    # Tokens of the longest prompt that may come, for which a static cache has room from the start:
+    # else its columns, and with them graphs and rounding, would depend on the prompts so far.
+    longest_prompt: int = 0
     # Static slots and their graphs, kept from call to call with the key of what they are made for.
     kept: tuple[tuple, "Slots"] | None = field(default=None, repr=False)
 
@@ -86,17 +90,24 @@ class Slots:
         self.model, self.rows, self.slots, self.longest = model, rows, slots, longest
         self.setup, self.static = setup, setup.static
         device = rows.length.device
-        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        # By slots in use and columns read; None where a step runs eagerly for want of memory.
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
+        # One memory pool for all graphs: what one computes on the way is of no use to another.
+        cuda = setup.capture and device.type == "cuda" and torch.cuda.is_available()
+        self.pool = torch.cuda.graph_pool_handle() if cuda else None
         self.row = torch.zeros(slots, dtype=torch.int64, device=device)
         self.token = torch.zeros(slots, dtype=torch.int64, device=device)
         self.over = torch.ones(slots, dtype=torch.bool, device=device)
+        self.done = torch.zeros(1, dtype=torch.int64, device=device)  # steps done by the device
+        self.asked = 0  # and steps asked for
         self.cache: KVCache | StaticCache | None = None
         self.n = slots  # slots in use
 
     def begin(self) -> None:
         """As if new, for rows anew; only where static."""
-        self.n = self.slots
+        self.n, self.asked = self.slots, 0
         self.over.fill_(True)
+        self.done.zero_()
         self.cache.clear()
 
     def place(self, group: list[int], rows: list[int], prompt: Prompt) -> None:
@@ -105,11 +116,22 @@ class Slots:
             max_new = self.rows.uniform.shape[1]
             sizes = (self.slots, self.longest, max_new, prompt)
             self.cache = StaticCache(*sizes, self.setup.bucket) if self.static else KVCache(*sizes)
-        self.cache.place(group, prompt)
-        row = torch.tensor(rows, device=self.row.device)
-        self.row[group] = row
+        index, row = torch.tensor([group, rows], device=self.row.device)  # one upload
+        self.cache.place(group, index, prompt)
+        self.row[index] = row
         z = prompt.logits.expand(len(group), -1)
-        self.token[group], self.over[group] = self.rows.step(row, z)
+        self.token[index], self.over[index] = self.rows.step(row, z)
+
+    def look(self) -> list[bool]:
+        """over[:n], for which the host waits. RuntimeError where a step did not run.
+
+        A graph that was captured on the wrong device or stream is empty, and its replays do
+        nothing without an error.
+        """
+        *over, done = torch.cat([self.over[: self.n].to(torch.int64), self.done]).tolist()
+        if done != self.asked:
+            raise RuntimeError(f"{self.asked} decoding steps were started and {done} were done")
+        return [bool(x) for x in over]
 
     def shrink(self, ended: list[bool], waiting: bool) -> list[int]:
         """Let ended rows go, given over[:n] as a list; the slots that are free for waiting rows."""
@@ -127,9 +149,10 @@ class Slots:
                 n = -(-n // 2)
         if n < self.n:
             keep = sorted(alive + free[: n - len(alive)])
-            self.cache.keep(keep)
+            index = torch.tensor(keep, device=self.row.device)
+            self.cache.keep(keep, index)
             for mine in (self.row, self.token, self.over):
-                mine[:n] = mine[keep]
+                mine[:n] = mine[index]
             self.n = n
         return []
 
@@ -137,12 +160,13 @@ class Slots:
         """A token for every slot in use."""
         self.cache.make_room()
         key = (self.n, self.cache.shape)
-        if key in self.graphs:
-            self.graphs[key].replay()
+        if graph := self.graphs.get(key):
+            graph.replay()
         else:
             self._step()
-            if self.static and self.setup.capture:
+            if self.static and self.setup.capture and key not in self.graphs:
                 self._capture(key)
+        self.asked += 1
         self.cache.advance()
 
     def _step(self) -> None:
@@ -157,17 +181,16 @@ class Slots:
         ).last_hidden_state  # [n, 1, H]
         token, over = self.rows.step(row, logits(head(self.model), hidden[:, 0]))
         self.token[: self.n], self.over[: self.n] = token, over
+        self.done += 1
 
     def _capture(self, key: tuple) -> None:
         """Keep this step's kernels, which have just run and so are warm, for the next ones."""
-        stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
-        # One memory pool for all: what a graph computes on the way is of no use to another.
-        pool = next((graph.pool() for graph in self.graphs.values()), None)
         try:
-            self.graphs[key] = self.setup.capture(self._step, pool)
+            self.graphs[key] = self.setup.capture(self._step, self.pool)
+        except torch.OutOfMemoryError:
+            self.graphs[key] = None  # other shapes may still fit
+            warnings.warn(f"no memory to capture a decoding step of shape {key}", stacklevel=2)
         except RuntimeError as error:
-            if stream:  # a capture that fails late leaves its own stream in place
-                torch.cuda.set_stream(stream)
             self.setup.capture = None  # it would fail again
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             warnings.warn(f"decoding goes on without CUDA graphs: {reason}", stacklevel=2)
@@ -176,10 +199,20 @@ class Slots:
 def capture(step: Callable[[], None], pool: tuple | None = None) -> torch.cuda.CUDAGraph:
     """A step as a CUDA graph: replay() launches all its kernels at once, on the same memory.
 
-    Nothing runs now. The step must read and write tensors alone, whose addresses stay. pool: memory
-    for what it computes on the way, that of another graph.
+    Nothing runs now. The step must read and write tensors of the current device alone, whose
+    addresses stay. pool: memory for what it computes on the way. After a failure stream and
+    allocator are as before.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        step()
+    stream = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            step()
+    except BaseException:
+        torch.cuda.set_stream(stream)  # a capture that fails late leaves its own stream in place
+        memory = torch.cuda.memory
+        with suppress(RuntimeError):  # raised where the capture has ended its allocation itself
+            memory._cuda_endAllocateToPool(stream.device_index, pool)
+            memory._cuda_releasePool(stream.device_index, pool)
+        raise
     return graph

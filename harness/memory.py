@@ -14,10 +14,10 @@ from typing import Literal
 import torch
 from torch import nn
 
-from engine import PREFILL_TOKENS, decode_setup, drop_slots
+from engine import PREFILL_TOKENS, TRAIN_NOISE, decode_setup, drop_slots, generate
 from harness.errors import UserError
 from lora import computation_dtype, lora_layers, merged, trainable
-from model import LOGITS_CHUNK, head, token_stats
+from model import EXPANDED_ATTENTION, LOGITS_CHUNK, head, token_stats
 from settings import Config
 
 # What decoding multiplies by: a merged copy that stays, one that is dropped after each use, or the
@@ -56,22 +56,23 @@ class Plan:
     activations: int  # of the largest micro-batch, as the run has them
     activations_else: int  # with gradient checkpointing on instead of off, or off instead of on
     logits: int  # one chunk of the head, forward and backward
-    sampled: int  # logits and distributions of a decoding step, or a prefill if it takes more
+    decode_step: int  # logits and distributions of a decoding step
+    prefill: int  # keys and values of PREFILL_TOKENS, and one layer at work
     device: int
     tokens: int  # of the largest micro-batch
     rows: int  # rollout_rows
     checkpointing: bool
-    static: bool  # whether decoding keeps its cache (slots.Slots)
 
     def need(self, how: DecodeWeights) -> int:
-        """Bytes in use at once. A static cache, and what graphs over it compute, stays through the
-        update; freeing the copy frees it, too."""
-        resident = self.weights + self.trained + (self.merged if how == "kept" else 0)
-        rollout = self.cache + self.sampled + (self.merged if how == "freed" else 0)
+        """Bytes in use at once. The cache, and what graphs over it compute, stays through the
+        update; freeing the copy frees it, too. A prefill and an update never coexist."""
+        resident = self.weights + self.trained
+        rollout = self.cache + self.decode_step
         update = self.activations + self.logits
-        if self.static and how != "freed":
-            return resident + rollout + update
-        return resident + max(rollout, update)
+        if how == "freed":
+            return resident + max(self.merged + rollout + self.prefill, update)
+        merged = self.merged if how == "kept" else 0
+        return resident + merged + rollout + max(self.prefill, update)
 
     def choose(self, wanted: str) -> tuple[DecodeWeights, str]:
         """How decoding holds its weights, and why. wanted: auto, merged, adapter."""
@@ -101,14 +102,15 @@ class Plan:
             ),
             (self.merged, f"merged rollout copy{gone[how]}"),
             (self.cache, f"KV cache of {self.rows} rows"),
-            (self.sampled, "a decoding step or a prefill"),
+            (self.decode_step, "a decoding step"),
+            (self.prefill, "a prefill, which is over before the update"),
             (
                 self.activations,
                 f"activations of {self.tokens} tokens, about ({state[0]} gradient checkpointing: "
                 f"{_gb(self.activations_else)})",
             ),
             (self.logits, "chunk of logits, forward and backward"),
-            (self.need(how), f"at once, of {_gb(self.device)} there"),
+            (self.need(how), f"at once, of {_gb(self.device)} free"),
         ]
         return "\n".join(["memory planned, GB:", *(f"{_gb(n):>9}  {text}" for n, text in parts)])
 
@@ -145,6 +147,8 @@ def plan(
     Q, K = c.num_attention_heads * _head_dim(c), _kv_heads(c) * _head_dim(c)
     r = next((layer.r for layer in layers), 0)
     layer_bytes = s * (2 * H + 3 * Q + 2 * K + 4 * inner + 7 * r) + 4 * 2 * H
+    if c._attn_implementation == EXPANDED_ATTENTION:
+        layer_bytes += s * 2 * Q
     gradients = s * 2 * inner
     kept = tokens * (n_layers * layer_bytes + gradients)
     recomputed = tokens * (n_layers * s * H + layer_bytes + gradients)
@@ -166,16 +170,13 @@ def plan(
         activations=recomputed if checkpointing else kept,
         activations_else=kept if checkpointing else recomputed,
         logits=chunk * V * per_logit,
-        sampled=max(
-            rollout_rows * V * 3 * 4,
-            min(PREFILL_TOKENS, rollout_rows * total_tokens)
-            * (_cache_elements(c) * s + layer_bytes),
-        ),
+        decode_step=rollout_rows * V * 3 * 4,
+        prefill=min(PREFILL_TOKENS, rollout_rows * total_tokens)
+        * (_cache_elements(c) * s + layer_bytes),
         device=device_memory(next(model.parameters()).device),
         tokens=tokens,
         rows=rollout_rows,
         checkpointing=checkpointing,
-        static=decode_setup(model).static,
     )
 
 
@@ -204,9 +205,11 @@ def _cache_elements(config) -> int:
 
 
 def device_memory(device: torch.device) -> int:
-    """Bytes there: the GPU's, else the machine's or what this process is allowed of it."""
+    """Bytes that this process may have: of the GPU what it holds and what is free, since a desktop
+    and other processes hold the rest; else of the machine, or what is allowed of it."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     soft = resource.getrlimit(resource.RLIMIT_AS)[0]
     if soft != resource.RLIM_INFINITY:
@@ -228,6 +231,7 @@ def settle(models: list[nn.Module], cfg: Config) -> DecodeWeights:
     lengths = (cfg.max_prompt_tokens, cfg.max_new_tokens)
     rows, T = largest_micro_batch(cfg.micro_batch_tokens, rows_in_update, *lengths)
     decoded = cfg.max_prompt_tokens + max(cfg.max_new_tokens, cfg.eval_new_tokens)
+    decode_setup(models[0]).longest_prompt = cfg.max_prompt_tokens
     planned = plan(models, rows * T, decoded, cfg.rollout_rows, cfg.gradient_checkpointing)
     how, reason = planned.choose(cfg.rollout_weights)
     print(planned.table(how))
@@ -266,27 +270,25 @@ def worst_case(
     decoded: int = 0,
 ) -> int:
     """Settle micro_batch_tokens: try the largest micro-batch, forward and backward beside AdamW's
-    moments, and halve it until it fits; first, the rollout weights with a full KV cache.
+    moments, and halve it until it fits; first, with the rollout weights, one prefill and one
+    decoding step over a full KV cache.
 
     decoded: tokens of the longest row in the cache, where they are more than those of an update.
-    Memory then fails here, or never. Says in a line what was settled and what the peak was;
+    Decoding is tried where the cache is static: a growing one is small at first. Memory then fails
+    here, or never. Says in a line what was settled and what the peak was;
     UserError, which names the knobs, where rollouts or one row do not fit.
     """
     lengths = (max_prompt_tokens, max_new_tokens)
     longest = sum(lengths)
     columns = max(longest, decoded)
-    held = []  # what stays through the update
     try:
+        moments = [torch.empty_like(p) for p in trainable(model).values() for _ in range(2)]
         with decode_with(model, how):
-            held += [torch.empty_like(p) for p in trainable(model).values() for _ in range(2)]
-            if decode_setup(model).static:
-                shape = (rollout_rows, columns, _cache_elements(model.config))
-                cache = torch.empty(shape, dtype=model.dtype, device=model.device)
-                held += [cache] * (how != "freed")
-                del cache
+            if decode_setup(model).static:  # slots, cache and graph stay, unless freed
+                _decode_once(model, max_prompt_tokens, columns, rollout_rows)
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"out of GPU memory on the cache of {rollout_rows} rows x {columns} tokens: lower "
+            f"out of GPU memory on decoding {rollout_rows} rows x {columns} tokens: lower "
             "--rollout_rows or --max_new_tokens, or use --rollout_weights=adapter or --quant=nf4"
         ) from error
     settled = micro_batch_tokens
@@ -303,8 +305,23 @@ def worst_case(
         settled = max(rows * T // 2, longest)
     if settled != micro_batch_tokens:
         print(f"micro_batch_tokens was {micro_batch_tokens}, now {settled}: the GPU holds no more")
-    print(f"largest micro-batch: {rows} x {T} tokens, peak memory {peak_memory():.2f} GB")
+    del moments
+    drop_slots(model)
+    print(
+        f"largest micro-batch: {rows} x {T} tokens, peak memory {peak_memory():.2f} GB{reserved()}"
+    )
     return settled
+
+
+def _decode_once(model: nn.Module, prompt_tokens: int, columns: int, rows: int) -> None:
+    """A prefill of PREFILL_TOKENS and a decoding step of all rows, with room for columns tokens."""
+    n = min(rows, max(1, PREFILL_TOKENS // prompt_tokens))
+    prompts, group = [[0] * prompt_tokens] * n, -(-rows // n)
+    no_end = [-1]  # cannot be sampled
+    generate(
+        model, prompts, group, columns - prompt_tokens, no_end, (TRAIN_NOISE,), max_rows=rows,
+        budgets=[2] * (n * group),
+    )  # fmt: skip
 
 
 def _fits(model: nn.Module, rows: int, T: int, max_new_tokens: int) -> bool:
@@ -349,8 +366,15 @@ def phase(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
 
 
 def peak_memory() -> float:
-    """GB at most in use so far: the GPU's where there is one, else the process's."""
-    if torch.cuda.is_available():
+    """GB at most in use so far: the GPU's where this process has used one, else the process's."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 1e9
     scale = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9
+
+
+def reserved() -> str:
+    """What the GPU's allocator holds beyond tensors, as the end of a line; else nothing."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_reserved():
+        return f", {torch.cuda.max_memory_reserved() / 1e9:.2f} reserved"
+    return ""

@@ -11,8 +11,9 @@ import engine
 from decoding.sampling import sample, uniforms
 from decoding.slots import DecodeSetup
 from engine import TRAIN_NOISE, generate
+from harness.errors import UserError
 from lora import adapter_off, add_lora, lora_layers, merged, trainable
-from model import checkpoint_activations, load_model, load_tokenizer, token_stats
+from model import checkpoint_activations, choose_device, load_model, load_tokenizer, token_stats
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [20], [30, 31, 32, 33]]
 NOISE = (TRAIN_NOISE, 0, 1)
@@ -26,7 +27,7 @@ class Traced:
 
     def __init__(self, step, pool):
         it = step.__self__
-        written = [it.row, it.token, it.over, *it.cache.keys, *it.cache.values]
+        written = [it.row, it.token, it.over, it.done, *it.cache.keys, *it.cache.values]
         written += [x for x in vars(it.rows).values() if torch.is_tensor(x)]
         before = [x.clone() for x in written]
         self.operators = make_fx(lambda _: step())(torch.zeros(1))
@@ -37,9 +38,6 @@ class Traced:
     def replay(self):
         self.operators(torch.zeros(1))
         Traced.replayed += 1
-
-    def pool(self):
-        return None
 
 
 SETUPS = {
@@ -374,3 +372,85 @@ def gradient(model):
     model.zero_grad()
     token_stats(model, *batch(3), also=()).logp.sum().backward()
     return torch.cat([p.grad.flatten() for p in trainable(model).values()])
+
+
+# ------------------------------------------------------------------------------- what CUDA would do
+
+
+class Empty(Traced):
+    """A graph captured on the wrong device: it replays nothing and raises nothing."""
+
+    def replay(self):
+        pass
+
+
+def test_a_replay_that_does_nothing_is_an_error(model_folders):
+    model = load_model(model_folders["qwen2"])
+    model.decode_setup = DecodeSetup(static=True, capture=Empty)
+    with pytest.raises(RuntimeError, match="1 were done"):
+        generate(model, PROMPTS, 1, 30, [-1], NOISE)
+
+
+def test_a_capture_without_memory_costs_its_own_shape_only(model_folders):
+    """The others are still captured, and the samples stay."""
+    tried = []
+
+    def capture(step, pool):
+        tried.append((step.__self__.n, step.__self__.cache.shape))
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("no memory")
+        return Traced(step, pool)
+
+    model = load_model(model_folders["qwen2"])
+    want = responses(generate(model, PROMPTS, 1, 30, [-1], NOISE))
+    model.decode_setup = DecodeSetup(static=True, capture=capture, bucket=32)
+    with pytest.warns(UserWarning, match="no memory to capture"):
+        assert responses(generate(model, PROMPTS, 1, 30, [-1], NOISE)) == want
+    assert len(set(tried)) == len(tried) == 2
+    assert responses(generate(model, PROMPTS, 1, 30, [-1], NOISE)) == want and len(tried) == 2
+
+
+def test_columns_do_not_depend_on_the_prompts_so_far(model_folders):
+    """The same buffers for every prompt up to the longest that may come, of an aligned width."""
+    model = load_model(model_folders["llama"])
+    model.decode_setup = DecodeSetup(static=True, longest_prompt=40)
+    seen = set()
+    for length in (3, 40, 17):
+        generate(model, [[5] * length], 2, 21, [-1], NOISE)
+        cache = model.decode_setup.kept[1].cache
+        seen.add((id(cache), cache.keys[0].shape[2]))
+    assert len(seen) == 1 and seen.pop()[1] == 64
+
+
+class FakeGPU:
+    """The calls that choose_device makes of torch.cuda, noted."""
+
+    def __init__(self, monkeypatch, capability):
+        self.current, self.cudnn, zeros = None, None, torch.zeros
+        cuda = torch.cuda
+        monkeypatch.setattr(cuda, "is_available", lambda: True)
+        monkeypatch.setattr(cuda, "set_device", lambda d: setattr(self, "current", d))
+        monkeypatch.setattr(cuda, "get_device_capability", lambda d: capability)
+        cudnn = lambda on: setattr(self, "cudnn", on)  # noqa: E731
+        monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", cudnn)
+        monkeypatch.setattr(torch, "zeros", lambda *shape, device=None: zeros(*shape))
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
+
+
+@pytest.mark.parametrize("name,index", [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
+def test_the_gpu_that_was_asked_for_is_the_current_one(monkeypatch, name, index):
+    gpu = FakeGPU(monkeypatch, (8, 9))
+    device, dtype = choose_device(name, "auto")
+    assert device == gpu.current == torch.device("cuda", index)
+    assert dtype == torch.bfloat16 and gpu.cudnn is False
+
+
+def test_old_cards_and_other_devices_are_refused(monkeypatch):
+    FakeGPU(monkeypatch, (7, 5))
+    for dtype in ("auto", "bfloat16"):
+        with pytest.raises(UserError, match="--dtype=float32"):
+            choose_device("cuda", dtype)
+    assert choose_device("cuda", "float32")[1] == torch.float32
+    for device in ("mps", "meta", "xpu"):
+        with pytest.raises(UserError, match="--device=cpu"):
+            choose_device(device, "auto")

@@ -8,9 +8,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import engine
 import eval as evaluation
 import train as trainer
 from data import partition
+from decoding.slots import DecodeSetup
 from harness import memory
 from harness.errors import UserError
 from harness.memory import largest_micro_batch, plan, worst_case
@@ -128,17 +130,14 @@ def test_full_training_counts_its_weights_once(model_folders):
 def test_rollout_weights_are_chosen_by_what_fits(model_folders):
     planned = replace(
         plan([lora_model(model_folders["llama"])], 100, 64, 6, True),
-        weights=50, trained=10, merged=130, cache=30, sampled=1, activations=20, logits=15,
-        static=False,
+        weights=50, trained=10, merged=130, cache=30, decode_step=1, prefill=5, activations=20,
+        logits=10,
     )  # fmt: skip
-    assert planned.need("kept") == 50 + 10 + 130 + 35
-    assert planned.need("freed") == 50 + 10 + 130 + 30 + 1
-    assert planned.need("adapter") == 50 + 10 + 35
-    planned = replace(planned, static=True)  # the cache and the graphs' memory stay
-    assert planned.need("kept") == 50 + 10 + 130 + 30 + 1 + 35
-    assert planned.need("freed") == 50 + 10 + 130 + 30 + 1
-    assert planned.need("adapter") == 50 + 10 + 30 + 1 + 35
-    for room, how in ((257, "kept"), (255, "freed"), (222, "freed"), (220, "adapter")):
+    assert planned.need("kept") == 50 + 10 + 130 + 30 + 1 + max(5, 20 + 10)
+    assert planned.need("freed") == 50 + 10 + max(130 + 30 + 1 + 5, 20 + 10)
+    assert planned.need("adapter") == 50 + 10 + 30 + 1 + max(5, 20 + 10)
+    assert replace(planned, prefill=70).need("adapter") == 50 + 10 + 30 + 1 + 70
+    for room, how in ((252, "kept"), (250, "freed"), (227, "freed"), (225, "adapter")):
         planned = replace(planned, device=room / memory.USABLE + 1e-6)
         assert planned.choose("auto")[0] == how and "\n" not in planned.choose("auto")[1]
         assert f"{how == 'freed'}" == str(", freed before the update" in planned.table(how))
@@ -193,6 +192,39 @@ def test_the_micro_batch_is_halved_until_it_fits(model_folders, monkeypatch, cap
     out_of_memory_above(monkeypatch, 49, seen)
     with pytest.raises(UserError, match=r"one row, 50 tokens: lower --max_new_tokens"):
         worst_case(model, 400, 16, 10, 40, 4)
+
+
+def test_a_prefill_and_a_decoding_step_are_tried(model_folders, monkeypatch):
+    """One of each, of all rows and with room for the longest; and what they held is let go."""
+    model, shapes, caches = lora_model(model_folders["llama"]), [], []
+    model.decode_setup = DecodeSetup(static=True, longest_prompt=10)
+    monkeypatch.setattr(engine, "PREFILL_TOKENS", 30)
+    monkeypatch.setattr(memory, "PREFILL_TOKENS", 30)
+    embed = model.model.embed_tokens
+    hook = embed.register_forward_hook(lambda m, i, o: shapes.append(tuple(i[0].shape)))
+    fits = memory._fits
+
+    def at_update(*args):
+        hook.remove()
+        caches.append(tuple(model.decode_setup.kept[1].cache.keys[0].shape))
+        return fits(*args)
+
+    monkeypatch.setattr(memory, "_fits", at_update)
+    worst_case(model, 100, 16, 10, 40, 6, "kept", decoded=100)
+    assert shapes == [(3, 10), (6, 1)] and caches == [(6, 2, 128, 16)]  # 100 columns, aligned
+    assert model.decode_setup.kept is None
+
+
+def test_a_gpu_has_what_is_free_and_what_we_hold(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6 * 10**9, 24 * 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * 10**9)
+    assert memory.device_memory(torch.device("cuda", 0)) == 8 * 10**9
+
+
+def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_reports_its_own_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    assert memory.peak_memory() > 0.05
 
 
 def test_rollouts_that_do_not_fit_name_their_knobs(model_folders, monkeypatch):

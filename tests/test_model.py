@@ -21,6 +21,7 @@ from lora import (
     trainable,
 )
 from model import (
+    EXPANDED_ATTENTION,
     checkpoint_activations,
     end_token_ids,
     load_model,
@@ -481,3 +482,14 @@ def test_architectures_we_would_get_wrong_are_refused(tmp_path):
     AutoModelForCausalLM.from_config(sliding).save_pretrained(tmp_path / "sliding")
     with pytest.raises(UserError, match="not all full attention"):
         load_model(str(tmp_path / "sliding"))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "olmo2"])
+def test_expanded_attention_is_the_attention(model_folders, family):
+    """In fp32 on CUDA keys and values are repeated, since no fused kernel takes grouped heads."""
+    model = load_model(model_folders[family])
+    tokens, prompt_len, length = batch(5)
+    want = token_stats(model, tokens, prompt_len, length, also=()).logp
+    model.config._attn_implementation = EXPANDED_ATTENTION
+    got = token_stats(model, tokens, prompt_len, length, also=()).logp
+    assert torch.allclose(got, want, atol=1e-5) and not torch.equal(got, torch.zeros_like(got))
