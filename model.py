@@ -255,7 +255,7 @@ def logits(model_head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     weight = model_head.weight
     if weight.dtype == torch.float32 or type(model_head) is not nn.Linear:
         return model_head(hidden).float()
-    return _Float32Logits.apply(hidden, weight, model_head.bias)
+    return _Float32Logits.apply(hidden, weight, model_head.bias, hidden.is_cuda)
 
 
 def rounding_error(model: nn.Module) -> float:
@@ -276,10 +276,10 @@ class _Float32Logits(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, weight, bias):
+    def forward(ctx, h, weight, bias, on_cuda):
         ctx.save_for_backward(h, weight)
-        ctx.has_bias = bias is not None
-        if h.is_cuda:
+        ctx.has_bias, ctx.on_cuda = bias is not None, on_cuda
+        if on_cuda:
             z = torch.mm(h, weight.t(), out_dtype=torch.float32)
         else:
             wide, z = h.float(), torch.empty(len(h), len(weight), device=h.device)
@@ -291,9 +291,9 @@ class _Float32Logits(torch.autograd.Function):
     def backward(ctx, grad):  # [n, V] fp32
         h, weight = ctx.saved_tensors
         to_h = to_weight = to_bias = None
-        narrow = grad.to(h.dtype) if h.is_cuda else None  # one rounding, as of any bf16 gradient
+        narrow = grad.to(h.dtype) if ctx.on_cuda else None  # one rounding, as of any bf16 gradient
         if ctx.needs_input_grad[0]:
-            if h.is_cuda:
+            if ctx.on_cuda:
                 to_h = torch.mm(narrow, weight, out_dtype=torch.float32)
             else:
                 to_h = torch.zeros(h.shape, device=h.device)
@@ -302,13 +302,13 @@ class _Float32Logits(torch.autograd.Function):
                     to_h.addmm_(part, rows.float())
             to_h = to_h.to(h.dtype)
         if ctx.needs_input_grad[1]:
-            if h.is_cuda:
+            if ctx.on_cuda:
                 to_weight = torch.mm(narrow.t(), h)
             else:
                 to_weight = (grad.t() @ h.float()).to(weight.dtype)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             to_bias = grad.sum(0).to(weight.dtype)
-        return to_h, to_weight, to_bias
+        return to_h, to_weight, to_bias, None
 
 
 def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:

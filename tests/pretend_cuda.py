@@ -140,6 +140,9 @@ class _Functions(TorchFunctionMode):
             return self.move(args[0], CPU)
         if function is torch.Tensor.to:
             return self.to(*args, **kwargs)
+        if function is torch.Tensor.backward:  # it recomputes activations, which asks again
+            with self:
+                return torch.autograd.backward(args[0])
         if function is torch.Tensor.numpy and gpu.has(args[0]):
             raise Refused(f"numpy of a tensor on the GPU in {_caller()}")
         if function is torch.Tensor.tolist and gpu.has(args[0]):
