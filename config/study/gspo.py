@@ -1,6 +1,6 @@
 """GSPO (arXiv 2507.18071): one clip per response. Does the bias need a clip per token?
 
-The clip range is the paper's. The mean log-ratio of a response is far nearer 0 than that of a token.
+The clip range is the paper's. A response's mean log-ratio is far nearer 0 than a token's.
 """
 
 reward = "random(0.5)"
