@@ -3,4 +3,4 @@
 base = "qwen2.5_math_1.5b.py"
 model = "Qwen/Qwen2.5-Math-7B"
 micro_batch_tokens = 4096
-rollout_rows = 32  # so that the memory plan has room for merged rollout weights
+rollout_rows = 32  # leaves room for merged rollout weights, by the plan printed at the start
