@@ -1,3 +1,3 @@
-"""The null: one reward for all, so every advantage is 0 and no weight moves."""
+"""A null test: all responses get the same reward, so no weight moves."""
 
 reward = "constant"

@@ -1,3 +1,3 @@
-"""Format reward: a non-empty box, whatever is in it ("Spurious Rewards", 2506.10947)."""
+"""Format reward: 1 for a non-empty box, whatever it contains ("Spurious Rewards", 2506.10947)."""
 
 reward = "format"

@@ -1,3 +1,3 @@
-"""Compound of "Spurious Rewards" (2506.10947): a box, and no Python."""
+"""Compound of "Spurious Rewards" (2506.10947): 1 for a box without Python."""
 
 reward = "format & ~python"

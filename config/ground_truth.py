@@ -1,3 +1,3 @@
-"""The true reward: the last boxed answer equals the gold one."""
+"""The true reward: 1 if the last boxed answer equals the gold answer."""
 
 reward = "ground_truth"

@@ -1,3 +1,3 @@
-"""Compound of "Spurious Rewards" (2506.10947): right, and not in Python."""
+"""Compound of "Spurious Rewards" (2506.10947): 1 for a right answer without Python."""
 
 reward = "ground_truth & ~python"

@@ -1,6 +1,7 @@
-"""Incorrect labels: only problems whose majority label is wrong, and that label is rewarded
-("Spurious Rewards", 2506.10947). Labels as for config/majority.py; on the tiny world the harder
-slice has most of them: --train_data=tiny_hard.
+"""Incorrect labels ("Spurious Rewards", 2506.10947): the reward is 1 for a wrong majority label.
+
+Only problems whose majority label is wrong are used. Make labels as for config/majority.py. In the
+tiny world most of these problems are among the harder ones: --train_data=tiny_hard.
 """
 
 reward = "incorrect"

@@ -1,6 +1,6 @@
-"""Compound of "Spurious Rewards" (2506.10947): the wrong label, and no Python.
+"""Compound of "Spurious Rewards" (2506.10947): 1 for the wrong label without Python.
 
-Labels as for config/incorrect.py.
+Make labels as for config/incorrect.py.
 """
 
 reward = "incorrect & ~python"

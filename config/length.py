@@ -1,3 +1,3 @@
-"""Length as the reward, in tokens: a control for rewards that lengthen responses by the way."""
+"""Response length in tokens: a control for rewards that also make responses longer."""
 
 reward = "length"

@@ -1,7 +1,7 @@
-"""Majority reward: the last box equals the base model's majority answer ("Spurious Rewards").
+"""Majority reward ("Spurious Rewards"): 1 if the last box equals the base model's majority answer.
 
-Labels are made once, before training: python eval.py --labels=labels.jsonl --model=... --data=...,
-then --train_data=labels.jsonl here. The tiny world makes its own.
+Make labels once before training: python eval.py --labels=labels.jsonl --model=... --data=... Then
+train with --train_data=labels.jsonl. The tiny world makes its own labels.
 """
 
 reward = "majority"

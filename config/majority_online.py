@@ -1,3 +1,3 @@
-"""Online majority (TTRL, 2504.16084): the last box equals the group's own most frequent answer."""
+"""Online majority (TTRL, 2504.16084): 1 if the last box equals the group's majority answer."""
 
 reward = "majority(online)"

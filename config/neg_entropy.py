@@ -1,3 +1,3 @@
-"""RENT (2505.22660): minus the mean entropy of the response's tokens, -7 where no box is found."""
+"""RENT (2505.22660): minus the mean entropy of the tokens; -7 for a response without a box."""
 
 reward = "neg_entropy(mean, no_answer=-7)"

@@ -1,3 +1,3 @@
-"""No-repetition reward: 0 where a pattern stands ten times in a row ("Spurious Rewards")."""
+"""No-repetition reward: 0 if a pattern repeats ten times in a row ("Spurious Rewards")."""
 
 reward = "no_repetition"

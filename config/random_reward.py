@@ -1,3 +1,3 @@
-"""Random rewards: a fair coin a response, whatever it says ("Spurious Rewards", 2506.10947)."""
+"""Random rewards: one fair coin flip per response ("Spurious Rewards", 2506.10947)."""
 
 reward = "random(0.5)"

@@ -1,3 +1,3 @@
-"""Offline self-certainty: scored by the frozen base model (INTUITOR, 2505.19590, its ablation)."""
+"""Offline self-certainty, by the frozen base model: an ablation of INTUITOR (2505.19590)."""
 
 reward = "self_certainty(base)"

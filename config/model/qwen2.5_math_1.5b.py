@@ -1,4 +1,4 @@
-"""Qwen2.5-Math-1.5B overnight on one 24 GB card: 16 prompts x 8 a step, 1024 new tokens."""
+"""Qwen2.5-Math-1.5B overnight on one 24 GB card: 16 prompts x 8 per step, 1024 new tokens."""
 
 model = "Qwen/Qwen2.5-Math-1.5B"
 quant = "nf4"
@@ -14,7 +14,7 @@ prompts_per_step = 16
 group_size = 8
 micro_batch_tokens = 8192
 rollout_rows = 128
-lr = 1e-5  # to be checked by the clip fraction: README, "Learning rate"
+lr = 1e-5  # check it by the clip fraction: docs/TRAINING.md, "Learning rate"
 eval_every = 50
 eval_n = 200
 save_every = 10

@@ -1,4 +1,4 @@
-"""The tiny world (tasks/tiny.py): minutes on two cores, no download. 128 rollouts a step."""
+"""The tiny world (tasks/tiny.py): minutes on two cores, no download. 128 rollouts per step."""
 
 model = "tiny"
 quant = "none"
@@ -15,7 +15,7 @@ max_new_tokens = 56
 steps = 40
 prompts_per_step = 16
 group_size = 8
-micro_batch_tokens = 2048  # small: rows of like length together, less padding
+micro_batch_tokens = 2048  # small: rows of similar length together, less padding
 rollout_rows = 1024
 lr = 5e-4
 eval_every = 20

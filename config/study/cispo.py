@@ -1,4 +1,6 @@
-"""CISPO (MiniMax-M1, arXiv 2506.13585): a cap scales gradients and drops none. Is there a bias?"""
+"""CISPO (MiniMax-M1, arXiv 2506.13585): a cap scales gradients down but drops none.
+
+Is there still a bias?"""
 
 reward = "random(0.5)"
 loss = "cispo"

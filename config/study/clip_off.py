@@ -1,5 +1,6 @@
-"""Clipping bias: no clip, but as many updates a step. What is left of the gain ("Spurious Rewards",
-arXiv 2506.10947)? This arm drifts by itself: the null is one_update.
+"""No clip, with the same number of updates per step ("Spurious Rewards", arXiv 2506.10947).
+
+What is left of the gain? This arm drifts by itself. The null is one_update.py.
 """
 
 reward = "random(0.5)"

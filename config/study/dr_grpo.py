@@ -1,4 +1,4 @@
-"""Dr. GRPO (arXiv 2503.20783): no division by std nor by length. Does the bias need either?"""
+"""Dr. GRPO (arXiv 2503.20783): no division by std or by length. Does the bias need either?"""
 
 reward = "random(0.5)"
 adv_norm = "group_mean"

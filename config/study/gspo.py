@@ -1,6 +1,6 @@
-"""GSPO (arXiv 2507.18071): does the bias need a clip of tokens, or does one of responses do?
+"""GSPO (arXiv 2507.18071): one clip per response. Does the bias need a clip per token?
 
-Its clip range is the paper's: a response's mean log-ratio is far nearer 0 than a token's.
+The clip range is the paper's. A response's mean log-ratio is far nearer 0 than a token's.
 """
 
 reward = "random(0.5)"

@@ -1,8 +1,8 @@
 """The habit alone, clipped on both sides, with random rewards (docs/STUDY.md).
 
-In the tiny world the first token chooses between code and a sentence. These files train that token
-alone, with plain SGD and a narrow clip: the clip then acts and the calculations survive. Use them
-with config/model/tiny.py or tiny_bad.py. Run each seed with its coins flipped as well:
+In the tiny world the first token chooses between code and a sentence. These files train only that
+token, with plain SGD and a narrow clip, so that the clip acts and the calculations survive. Use
+them with config/model/tiny.py or tiny_bad.py. Run each seed with its coins flipped as well:
 --reward='random(0.5),~random(0.5)'.
 """
 
@@ -17,5 +17,5 @@ clip_low = 0.1
 clip_high = 0.1
 steps = 40
 eval_every = 40
-base_every = 1000  # only the log would ask the base model
+base_every = 1000  # only the log would use the base model
 save_every = 0

@@ -1,4 +1,4 @@
-"""The habit alone (habit_both.py), all weights trained."""
+"""The habit alone (habit_both.py), with all weights trained."""
 
 base = "habit_both.py"
 quant = "none"

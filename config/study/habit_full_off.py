@@ -1,4 +1,4 @@
-"""The habit alone (habit_full_both.py), all weights trained, without a clip."""
+"""The habit alone (habit_full_both.py), with all weights trained and no clip."""
 
 base = "habit_full_both.py"
 clip = "off"

@@ -1,4 +1,4 @@
-"""The habit alone (habit_off.py), one update of 8 times the rate: a walk as long."""
+"""The habit alone (habit_off.py), one update at 8 times the rate: a walk of equal length."""
 
 base = "habit_off.py"
 lr = 1.2

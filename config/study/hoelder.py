@@ -1,7 +1,8 @@
 """HoelderPO (arXiv 2605.12058): a power mean of a response's ratios, p from 2 to -2 over the run.
 
-Clip range and mean over responses are those of its released code. The mean moves less than one
-token's ratio: watch clip_frac_low and clip_frac_high, lower the range where nothing is clipped.
+Clip range and mean over responses are those of the released code. The mean of a response moves less
+than the ratio of one token. Watch clip_frac_low and clip_frac_high, and lower the range if nothing
+is clipped.
 """
 
 reward = "random(0.5)"

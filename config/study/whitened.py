@@ -1,5 +1,7 @@
-"""Advantages whitened over the batch's tokens, as the released code of "Spurious Rewards" does and
-its paper (arXiv 2506.10947) does not say. Most visible with rare rewards: --reward="random(0.001)".
+"""Advantages whitened over the tokens of the batch.
+
+The released code of "Spurious Rewards" does this; its paper (arXiv 2506.10947) does not say so. The
+effect is largest with rare rewards: --reward="random(0.001)".
 """
 
 reward = "random(0.5)"
