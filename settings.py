@@ -92,13 +92,27 @@ def choose_scale(given: dict) -> tuple[str | dict, str]:
     big, small = "config/model/qwen2.5_math_1.5b.py", "config/model/tiny.py"
     if not torch.cuda.is_available():
         return small, f"no CUDA here; {how}"
-    memory = torch.cuda.get_device_properties(0).total_memory / 1e9
-    if memory < 20:
-        return small, f"the GPU has {memory:.0f} GB, {big} wants 20; {how}"
     model = given.get("model", Config.model)
     if not _within_reach(model):
         return small, f"{model} is neither on disk nor is a hub within reach; {how}"
-    return big, f"CUDA with {memory:.0f} GB; {how}"
+    free, need = _free_and_needed(big, given)
+    if need > free:
+        return small, f"the GPU has {free / 1e9:.1f} GB for it, {big} needs {need / 1e9:.1f}; {how}"
+    return big, f"it needs {need / 1e9:.1f} GB of {free / 1e9:.1f} on the GPU; {how}"
+
+
+def _free_and_needed(scale: str, given: dict) -> tuple[float, float]:
+    """Bytes of the GPU that a run may have, and bytes that the scale needs at least, as planned."""
+    from transformers import AutoConfig
+
+    from harness.configurator import configure
+    from harness.memory import USABLE, device_memory
+    from harness.shapes import planned
+
+    cfg = replace(configure(Config, [scale])[0], **given)
+    free = device_memory(torch.device("cuda", 0))
+    plan = planned(cfg, AutoConfig.from_pretrained(tiny.resolve(cfg.model)), free)
+    return USABLE * free, min(plan.need(how) for how in ("kept", "freed", "adapter"))
 
 
 def _within_reach(model: str) -> bool:
