@@ -1,11 +1,9 @@
 """Every knob of a training run, which scale a machine gets, and settings that cannot work."""
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
-
-import torch
 
 import rewards
 from grpo import AdvNorm, Clip, KLType, Loss, LossAgg
@@ -79,38 +77,6 @@ class Config:
     seed: int = 0  # of data order, sampling, partition, adapter and random rewards
     out_dir: str = ""  # run folder; "" = out/EXPERIMENT-SCALE-seedSEED
     resume: bool = False  # go on from the checkpoint in out_dir
-
-
-def choose_scale(given: dict) -> tuple[str | dict, str]:
-    """The scale when none is named: the resumed run's own, else what fits this machine."""
-    if given.get("resume") and given.get("out_dir"):
-        saved = read_config(given["out_dir"])
-        known = {f.name for f in fields(Config)}  # a setting that is gone says nothing any more
-        values = {key: value for key, value in saved.items() if key in known}
-        return values, f"the configuration of {given['out_dir']}"
-    how = "choose by naming one, e.g. config/model/tiny.py"
-    big, small = "config/model/qwen2.5_math_1.5b.py", "config/model/tiny.py"
-    if not torch.cuda.is_available():
-        return small, f"no CUDA here; {how}"
-    memory = torch.cuda.get_device_properties(0).total_memory / 1e9
-    if memory < 20:
-        return small, f"the GPU has {memory:.0f} GB, {big} wants 20; {how}"
-    model = given.get("model", Config.model)
-    if not _within_reach(model):
-        return small, f"{model} is neither on disk nor is a hub within reach; {how}"
-    return big, f"CUDA with {memory:.0f} GB; {how}"
-
-
-def _within_reach(model: str) -> bool:
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    if Path(model).is_dir() or isinstance(try_to_load_from_cache(model, "config.json"), str):
-        return True
-    try:
-        HfApi().model_info(model, timeout=5)
-        return True
-    except Exception:  # offline, refused, unknown: whatever the reason, it is not within reach
-        return False
 
 
 def check(cfg: Config) -> list[str]:

@@ -47,6 +47,7 @@ from harness.errors import UserError, run
 from harness.expressions import Reward
 from harness.memory import DecodeWeights, decode_with, peak_memory, phase, settle
 from harness.progress import Progress
+from harness.scale import choose_scale
 from harness.second_model import SecondModel, default_second_model
 from harness.stopping import LastStep, StopOnSignal
 from lora import adapter_off, add_lora, trainable
@@ -66,7 +67,6 @@ from settings import (
     Config,
     can_clip,
     check,
-    choose_scale,
     early_warning,
     hoelder_exponent,
     keep_settled,

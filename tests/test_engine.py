@@ -1,6 +1,8 @@
 """engine.py against transformers' generate, and the sampler against the policy's distribution."""
 
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import engine
 from decoding.sampling import sample, uniforms
-from decoding.slots import DecodeSetup
+from decoding.slots import DecodeSetup, capture
 from engine import TRAIN_NOISE, generate
 from harness.errors import UserError
 from lora import adapter_off, add_lora, lora_layers, merged, trainable
@@ -454,3 +456,22 @@ def test_old_cards_and_other_devices_are_refused(monkeypatch):
     for device in ("mps", "meta", "xpu"):
         with pytest.raises(UserError, match="--device=cpu"):
             choose_device(device, "auto")
+
+
+def test_a_failed_capture_leaves_stream_and_allocator_as_before(monkeypatch):
+    """torch.cuda.graph ends a capture that fails late neither on its stream nor in its pool."""
+    done, stream, memory = [], SimpleNamespace(device_index=1), torch.cuda.memory
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda s: done.append(s))
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(memory, name, lambda *args, name=name: done.append((name, *args)))
+
+    def fails():
+        raise torch.OutOfMemoryError("no memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        capture(fails, (0, 7))
+    pool = [(name, 1, (0, 7)) for name in ("_cuda_endAllocateToPool", "_cuda_releasePool")]
+    assert done == [stream, *pool]

@@ -14,12 +14,16 @@ import train as trainer
 from data import partition
 from decoding.slots import DecodeSetup
 from harness import memory
+from harness import scale as scales
 from harness.errors import UserError
 from harness.memory import largest_micro_batch, plan, worst_case
 from harness.runfiles import read_config
+from harness.scale import choose_scale
+from harness.shapes import meta_model
 from lora import add_lora, lora_layers, merged, trainable
 from model import _chunk_stats, backbone, checkpoint_activations, head, load_model, token_stats
 from settings import Config, check
+from tools import memory_table
 from train import train
 
 
@@ -378,3 +382,35 @@ def test_rollout_weights_that_cannot_act_warn():
     for how in ("merged", "adapter"):
         (warning,) = check(replace(cfg, rollout_weights=how))
         assert f"rollout_weights={how} cannot act" in warning
+
+
+# --------------------------------------------------------------------------------------- the scales
+
+
+@pytest.mark.parametrize("recipe,choices", [
+    (("qwen2.5_math_1.5b", ["--rollout_rows=32", "--micro_batch_tokens=2048"], "qwen2.5-1.5b"),
+     ("kept", "kept", "kept", "kept")),
+    (("qwen2.5_math_1.5b", [], "qwen2.5-1.5b"), ("-", "freed", "kept", "kept")),
+    (("qwen2.5_math_1.5b_paper", [], "qwen2.5-1.5b"), ("-", "-", "-", "kept")),
+    (("qwen2.5_math_7b", [], "qwen2.5-7b"), ("-", "-", "-", "adapter")),
+])  # fmt: skip
+def test_what_auto_picks_on_8_12_16_and_24_gb(recipe, choices):
+    _, planned = memory_table.recipe(*recipe, 24e9)
+    assert tuple(memory_table.picks(planned, gb) for gb in memory_table.CARDS) == choices
+
+
+def test_the_scale_of_a_gpu_follows_from_the_plan(model_folders, monkeypatch):
+    """Not from the card alone: a small model fits a small card, and a full card holds none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    given = {"model": model_folders["qwen2"]}
+    for free, scale in ((2e9, "qwen2.5_math_1.5b.py"), (1e6, "tiny.py")):
+        monkeypatch.setattr(scales, "device_memory", lambda device, free=free: int(free))
+        assert choose_scale(given)[0].endswith(scale)
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_a_plan_from_a_configuration_is_that_of_the_model(model_folders, quant):
+    real = lora_model(model_folders["qwen2"], quant, torch.bfloat16)
+    meta = meta_model(real.config, quant, 4, torch.bfloat16, False)
+    a, b = (plan([m], 100, 64, 6, False) for m in (real, meta))
+    assert a == replace(b, device=a.device)

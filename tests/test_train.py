@@ -15,12 +15,12 @@ from harness import configurator
 from harness.checkpoint import RunFolder
 from harness.errors import UserError
 from harness.runfiles import read_jsonl
+from harness.scale import choose_scale
 from lora import add_lora, lora_layers, trainable
 from model import load_model, token_stats
 from settings import (
     Config,
     check,
-    choose_scale,
     early_warning,
     hoelder_exponent,
     learning_rate,

@@ -31,8 +31,9 @@ from harness.runfiles import (
     stale,
     trained_weights,
 )
+from harness.scale import choose_scale
 from harness.stopping import StopOnSignal
-from settings import Config, choose_scale
+from settings import Config
 from tasks import tiny
 from tools.parts.arms import as_saved, differences
 
