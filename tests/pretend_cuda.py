@@ -140,12 +140,6 @@ class _Functions(TorchFunctionMode):
             return self.move(args[0], CPU)
         if function is torch.Tensor.to:
             return self.to(*args, **kwargs)
-        if function is torch.Tensor.backward:  # it recomputes activations, which asks again
-            with self:
-                run = torch.autograd.Variable._execution_engine.run_backward
-                one = (torch.ones_like(args[0]),)
-                return run(args[:1], one, False, False, (), allow_unreachable=True,
-                           accumulate_grad=True)  # fmt: skip
         if function is torch.Tensor.numpy and gpu.has(args[0]):
             raise Refused(f"numpy of a tensor on the GPU in {_caller()}")
         if function is torch.Tensor.tolist and gpu.has(args[0]):
@@ -240,7 +234,7 @@ def pretended() -> Iterator[Pretended]:
         patch(torch.cuda, "mem_get_info", lambda d=None: (24 * 10**9, 24 * 10**9))
         patch(torch.cuda, "memory_reserved", lambda d=None: 0)
         patch(torch.utils.checkpoint, "_infer_device_type", lambda *a: "cpu")
-        # Checkpointing compares devices, which autograd's own threads do not see as pretended.
+        # Checkpointing compares devices, and in backward nobody pretends.
         checks = torch.utils.checkpoint._allowed_determinism_checks_to_fns
         stack.enter_context(mock.patch.dict(checks, {"default": lambda x: (x.shape, x.dtype)}))
         stack.enter_context(_Operators(gpu))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from pretend_cuda import GPU, Capture, Refused, pretended, put
 
+import model
 import train as trainer
 from decoding import slots
 from decoding.slots import DecodeSetup
@@ -31,11 +32,18 @@ def test_training_on_a_pretended_gpu(tiny_random, tmp_path, monkeypatch, quant, 
     with pretended() as gpu:
 
         def load(name, quant, dtype, device):
-            model = put(gpu, load_model(name, quant, dtype))
+            loaded = put(gpu, load_model(name, quant, dtype))
             captures.append(Capture(gpu))
-            model.decode_setup = DecodeSetup(static=True, capture=captures[-1])
-            return model
+            loaded.decode_setup = DecodeSetup(static=True, capture=captures[-1])
+            return loaded
 
+        def logits(head, hidden):
+            """model.logits, which asks for the device where autograd hides what is pretended."""
+            if head.weight.dtype == torch.float32:
+                return head(hidden)
+            return model._Float32Logits.apply(hidden, head.weight, head.bias, gpu.has(hidden))
+
+        monkeypatch.setattr(model, "logits", logits)
         monkeypatch.setattr(trainer, "load_model", load)
         monkeypatch.setattr(trainer, "choose_device", lambda *a: (GPU, getattr(torch, dtype)))
         history = trainer.train(cfg)
