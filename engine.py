@@ -137,8 +137,9 @@ def _decode_all(model, prompts, group_size, slots, progress, on_end):
                 if p not in ready:
                     last = min(p + at_once, new[-1] // group_size + 1)
                     ready |= zip(range(p, last), prefill(model, prompts[p:last]), strict=True)
-                group = [(slot, r) for slot, r in zip(taken, new, strict=True)
-                         if r // group_size == p]  # fmt: skip
+                group = [
+                    (slot, r) for slot, r in zip(taken, new, strict=True) if r // group_size == p
+                ]
                 slots.place(*map(list, zip(*group, strict=True)), ready[p])
                 if (p + 1) * group_size <= arrived:
                     del ready[p]

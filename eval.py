@@ -291,8 +291,10 @@ def report(summary: dict, folder: Path | None) -> None:
         return "   -  " if x is None else f"{100 * x:5.1f}%"
 
     stderr = summary["stderr"]
-    print(f"accuracy        {percent(summary['accuracy'])}"
-          + (f" +- {100 * stderr:.1f} (standard error)" if stderr is not None else ""))  # fmt: skip
+    print(
+        f"accuracy        {percent(summary['accuracy'])}"
+        + (f" +- {100 * stderr:.1f} (standard error)" if stderr is not None else "")
+    )
     print(f"  with code     {percent(summary['accuracy_code'])}")
     print(f"  without       {percent(summary['accuracy_language'])}")
     for key in ("boxed", "code_frequency", "truncated", "lenient_accuracy", "agreement"):
@@ -323,9 +325,18 @@ def make_labels(cfg: EvalConfig) -> None:
             model, _ = load_for_eval(cfg)
             check_positions(model, cfg.max_prompt_tokens, cfg.max_new_tokens)
             for rows in labels.label(
-                model, tokenizer, items, cfg.k, cfg.max_new_tokens, cfg.seed, cfg.temperature,
-                cfg.top_p, cfg.top_k, cfg.rollout_rows, first=len(file.rows),
-            ):  # fmt: skip
+                model,
+                tokenizer,
+                items,
+                cfg.k,
+                cfg.max_new_tokens,
+                cfg.seed,
+                cfg.temperature,
+                cfg.top_p,
+                cfg.top_k,
+                cfg.rollout_rows,
+                first=len(file.rows),
+            ):
                 file.add(rows)
         file.finish(cfg.label_by)
     labels.report(labels.summarize(file.rows, cfg.label_by, too_long), file.path)
@@ -335,7 +346,9 @@ def main(argv: list[str]) -> None:
     cfg, sources = configure(EvalConfig, argv)
     for key in ("completions", "out") if cfg.labels else ():
         if getattr(cfg, key):
-            raise UserError(f"{key} cannot act with --labels=FILE, which samples and writes FILE")
+            raise UserError(
+                f"{key} has no effect with --labels=FILE, which samples and writes FILE"
+            )
     if not cfg.labels and "label_by" in sources.given:
         raise UserError("label_by acts only with --labels=FILE")
     if cfg.completions:

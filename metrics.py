@@ -94,11 +94,13 @@ def describe_clip(stats: list[dict[str, torch.Tensor]]) -> dict:
         "clip_pull_low": sums.get("clip_pull_low", 0.0) / n,
         "clip_pull_high": sums.get("clip_pull_high", 0.0) / n,
         "prob_bins": [count / n for count in per_bin],
-        **{key: [k / m if m else None for k, m in zip(sums[key], per_bin, strict=True)]
-           for key in ("clip_low_bins", "clip_high_bins")},
+        **{
+            key: [k / m if m else None for k, m in zip(sums[key], per_bin, strict=True)]
+            for key in ("clip_low_bins", "clip_high_bins")
+        },
         "ratio_mean": sums["ratio"] / n,
         "ratio_max": largest,
-    }  # fmt: skip
+    }
 
 
 def summarize_reward(value: torch.Tensor, correct: torch.Tensor, group_size: int) -> dict:

@@ -103,9 +103,17 @@ def answer(
         raise UserError(f"the prompt has {len(ids)} tokens, the model {room} positions: no room")
     with Progress(cfg.n, name, leave=False) as progress:
         out = generate(
-            model, [ids], cfg.n, budget, end_token_ids(model, tokenizer), (EVAL_NOISE, cfg.seed),
-            cfg.temperature, cfg.top_p, cfg.top_k, progress=progress,
-        )  # fmt: skip
+            model,
+            [ids],
+            cfg.n,
+            budget,
+            end_token_ids(model, tokenizer),
+            (EVAL_NOISE, cfg.seed),
+            cfg.temperature,
+            cfg.top_p,
+            cfg.top_k,
+            progress=progress,
+        )
     texts = decode(tokenizer, out.tokens, out.prompt_len, out.length)
     return list(zip(texts, out.finished.tolist(), strict=True))
 

@@ -80,16 +80,37 @@ class Config:
 
 
 def check(cfg: Config) -> list[str]:
-    """Refuse settings that cannot work (UserError); return a warning for each that cannot act."""
-    whole = ("steps", "prompts_per_step", "group_size", "updates_per_step", "max_prompt_tokens",
-             "max_new_tokens", "micro_batch_tokens", "rollout_rows", "eval_k",
-             "base_every")  # fmt: skip
+    """Refuse settings that cannot work (UserError); warn of each that has no effect."""
+    whole = (
+        "steps",
+        "prompts_per_step",
+        "group_size",
+        "updates_per_step",
+        "max_prompt_tokens",
+        "max_new_tokens",
+        "micro_batch_tokens",
+        "rollout_rows",
+        "eval_k",
+        "base_every",
+    )
     for key in whole:
         if getattr(cfg, key) < 1:
             raise UserError(f"{key}={getattr(cfg, key)}: must be at least 1")
-    no_less = ("lora_r", "lr", "kl_coef", "clip_low", "clip_high", "warmup", "seed",
-               "eval_every", "eval_n", "eval_temperature", "eval_new_tokens", "save_every",
-               "threads")  # fmt: skip
+    no_less = (
+        "lora_r",
+        "lr",
+        "kl_coef",
+        "clip_low",
+        "clip_high",
+        "warmup",
+        "seed",
+        "eval_every",
+        "eval_n",
+        "eval_temperature",
+        "eval_new_tokens",
+        "save_every",
+        "threads",
+    )
     for key in no_less:
         if getattr(cfg, key) < 0:
             raise UserError(f"{key}={getattr(cfg, key)}: must not be negative")
@@ -109,35 +130,37 @@ def check(cfg: Config) -> list[str]:
     if cfg.group_size == 1 and cfg.adv_norm != "raw":
         warnings.append("group_size=1: every advantage is 0, so the reward teaches nothing")
     if cfg.keep_duplicates and cfg.one_shot:
-        warnings.append("keep_duplicates cannot act with one_shot, which trains on one problem")
+        warnings.append("keep_duplicates has no effect with one_shot, which trains on one problem")
     warnings += _idle_losses(cfg)
     if cfg.kl_coef == 0 and cfg.kl_type != Config.kl_type:
-        warnings.append(f"kl_type={cfg.kl_type} cannot act with kl_coef=0")
+        warnings.append(f"kl_type={cfg.kl_type} has no effect with kl_coef=0")
     if cfg.optimizer == "sgd" and tuple(cfg.adam_betas) != Config.adam_betas:
-        warnings.append(f"adam_betas={cfg.adam_betas} cannot act with optimizer=sgd")
+        warnings.append(f"adam_betas={cfg.adam_betas} has no effect with optimizer=sgd")
     if cfg.eval_k > 1 and cfg.eval_temperature == 0:
         warnings.append(
-            f"eval_k={cfg.eval_k} cannot act: greedy samples (eval_temperature=0) agree"
+            f"eval_k={cfg.eval_k} has no effect: greedy samples (eval_temperature=0) agree"
         )
     reward = rewards.parse(cfg.reward)
     if set(reward.names) == {"constant"} and cfg.adv_norm != "raw":
         warnings.append(f"reward={cfg.reward}: the same for all, no weight moves (a null test)")
     if cfg.lora_r == 0 and cfg.rollout_weights != "auto":
         warnings.append(
-            f"rollout_weights={cfg.rollout_weights} cannot act: lora_r=0 leaves nothing to merge"
+            f"rollout_weights={cfg.rollout_weights} has no effect: lora_r=0 leaves nothing to merge"
         )
     if cfg.base_every != 1 and needs_base(cfg):
-        warnings.append(f"base_every={cfg.base_every} cannot act: loss or reward need every step's")
+        warnings.append(
+            f"base_every={cfg.base_every} has no effect: loss or reward need every step's"
+        )
     elif cfg.base_every != 1 and cfg.lora_r == 0:
-        warnings.append(f"base_every={cfg.base_every} cannot act: lora_r=0 keeps no base model")
+        warnings.append(f"base_every={cfg.base_every} has no effect: lora_r=0 keeps no base model")
     if cfg.lr == 0:
         warnings.append("lr=0: nothing is learned (a null test)")
     return warnings
 
 
 def _idle_losses(cfg: Config) -> list[str]:
-    """A warning for each knob of the loss that cannot act."""
-    idle = {}  # knobs off their default, and why they cannot act
+    """A warning for each knob of the loss that has no effect."""
+    idle = {}  # settings off their default, and why they have none
     if cfg.loss != "cispo":
         idle |= {"cispo_cap": f"with loss={cfg.loss}"}
     if cfg.loss != "hoelder":
@@ -150,13 +173,16 @@ def _idle_losses(cfg: Config) -> list[str]:
         idle |= dict.fromkeys(sides[cfg.clip], f"with clip={cfg.clip}")
     if cfg.clip_low >= 1:
         idle.setdefault("clip_low", "as no ratio is below 0")
-    warnings = [f"{key}={getattr(cfg, key)} cannot act {why}" for key, why in idle.items()
-                if getattr(cfg, key) != getattr(Config, key)]  # fmt: skip
+    warnings = [
+        f"{key}={getattr(cfg, key)} has no effect {why}"
+        for key, why in idle.items()
+        if getattr(cfg, key) != getattr(Config, key)
+    ]
     if cfg.updates_per_step == 1 and cfg.loss != "grpo":
         same = "every ratio is 1, and the gradient is grpo's at the same loss_agg"
-        warnings.append(f"loss={cfg.loss} cannot act: with updates_per_step=1 {same}")
+        warnings.append(f"loss={cfg.loss} has no effect: with updates_per_step=1 {same}")
     elif cfg.updates_per_step == 1 and cfg.clip != "off":
-        warnings.append(f"clip={cfg.clip} cannot act: with updates_per_step=1 every ratio is 1")
+        warnings.append(f"clip={cfg.clip} has no effect: with updates_per_step=1 every ratio is 1")
     return warnings
 
 

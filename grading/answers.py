@@ -219,8 +219,10 @@ def _decide(answer: str, gold: str, decide: Decide) -> bool | None:
 
 def _general(answer: str, gold: str) -> str | None:
     """The answer with the gold letter for any integer: n pi for k pi, the only letter."""
-    found = [set(re.findall(r"(?<![\\A-Za-z])[a-zA-Z]", re.sub(r"\\[A-Za-z]+", " ", t)))
-             for t in (answer, gold)]  # fmt: skip
+    found = [
+        set(re.findall(r"(?<![\\A-Za-z])[a-zA-Z]", re.sub(r"\\[A-Za-z]+", " ", t)))
+        for t in (answer, gold)
+    ]
     both = all(len(f) == 1 and f <= set("knm") for f in found) and found[0] != found[1]
     if not both or r"\pi" not in answer or r"\pi" not in gold:
         return None

@@ -69,8 +69,9 @@ def _meaning(text: str) -> str:
         times = f"{factor}(%s)" if factor in ("-", "+") else rf"({factor})\cdot(%s)"
         rows = [
             "&".join(times % cell for cell in split(row, ("&",)))
-            for row in matrix[3].split(r"\\") if row.strip()
-        ]  # fmt: skip
+            for row in matrix[3].split(r"\\")
+            if row.strip()
+        ]
         return matrix_of(rows)
     return text
 

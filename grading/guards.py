@@ -16,7 +16,7 @@ _KNOWN = set("+-*/^_(){}[]|!=<> ") | {
     "\\" + name
     for name in "frac sqrt pi infty cdot times div binom le ge ne lfloor rfloor lceil rceil".split()
     + [*words.FUNCTIONS.values(), *words.GREEK]
-}  # fmt: skip
+}
 # Bases, towers of numbers, huge powers and factorials, two numbers or two signs in a row.
 _REFUSED = re.compile(
     r"\d \d|(?<!sqrt)\[|[\d)}\]|!']_|\^\{-?[\d.]+\^|\^\{-?\d{5,}\}|\d{4,}!|!!|^[^A-Za-z]*[)}\]]!"

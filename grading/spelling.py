@@ -97,9 +97,9 @@ def spell(text: str) -> str:
         text = number[1] + number[2].replace(" ", "")
     text = _LATEX_THOUSANDS.sub("", _ascii(text))
     text = _SCIENTIFIC.sub(
-        lambda m: rf"{m[1] or m[3]}\times10^{{{int(m[2] or m[4])}}}"
-        if len(m[0]) < 40 else m[0], text
-    )  # fmt: skip
+        lambda m: rf"{m[1] or m[3]}\times10^{{{int(m[2] or m[4])}}}" if len(m[0]) < 40 else m[0],
+        text,
+    )
     try:
         out = Speller(text).all()
     except Odd:

@@ -28,18 +28,46 @@ SILENT = set(
     r"\rm \bf \it \thinspace \enspace ~".split()
 ) | {"\\ "}
 ALIASES = {
-    r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\cfrac": r"\frac",
-    r"\dbinom": r"\binom", r"\tbinom": r"\binom",
-    r"\leq": r"\le", r"\leqslant": r"\le", r"\geq": r"\ge", r"\geqslant": r"\ge",
-    r"\lt": "<", r"\gt": ">", r"\neq": r"\ne", r"\ast": "*", r"\colon": ":",
-    r"\lbrace": r"\{", r"\rbrace": r"\}", r"\lbrack": "[", r"\rbrack": "]",
-    r"\vert": "|", r"\lvert": "|", r"\rvert": "|", r"\mid": "|", r"\prime": "'",
-    r"\dots": r"\ldots", r"\cdots": r"\ldots", r"\dotsc": r"\ldots",
-    r"\emptyset": r"\varnothing", r"\land": r"\and", r"\wedge": r"\and",
-    r"\lor": r"\or", r"\vee": r"\or", r"\bar": r"\overline", r"\simeq": r"\approx",
-    r"\implies": r"\Rightarrow", r"\varphi": r"\phi", r"\varepsilon": r"\epsilon",
-    r"\R": r"\mathbb{R}", r"\Z": r"\mathbb{Z}", r"\N": r"\mathbb{N}",
-}  # fmt: skip
+    r"\dfrac": r"\frac",
+    r"\tfrac": r"\frac",
+    r"\cfrac": r"\frac",
+    r"\dbinom": r"\binom",
+    r"\tbinom": r"\binom",
+    r"\leq": r"\le",
+    r"\leqslant": r"\le",
+    r"\geq": r"\ge",
+    r"\geqslant": r"\ge",
+    r"\lt": "<",
+    r"\gt": ">",
+    r"\neq": r"\ne",
+    r"\ast": "*",
+    r"\colon": ":",
+    r"\lbrace": r"\{",
+    r"\rbrace": r"\}",
+    r"\lbrack": "[",
+    r"\rbrack": "]",
+    r"\vert": "|",
+    r"\lvert": "|",
+    r"\rvert": "|",
+    r"\mid": "|",
+    r"\prime": "'",
+    r"\dots": r"\ldots",
+    r"\cdots": r"\ldots",
+    r"\dotsc": r"\ldots",
+    r"\emptyset": r"\varnothing",
+    r"\land": r"\and",
+    r"\wedge": r"\and",
+    r"\lor": r"\or",
+    r"\vee": r"\or",
+    r"\bar": r"\overline",
+    r"\simeq": r"\approx",
+    r"\implies": r"\Rightarrow",
+    r"\varphi": r"\phi",
+    r"\varepsilon": r"\epsilon",
+    r"\R": r"\mathbb{R}",
+    r"\Z": r"\mathbb{Z}",
+    r"\N": r"\mathbb{N}",
+}
 # What the name of a value may be made of: \angle ABC, \overline{AB}, \cos\theta.
 NAMING = {"\\" + name for name in [*GREEK, *FUNCTIONS.values()]} | set(
     r"\angle \triangle \overline \overrightarrow \vec \hat \widehat \measuredangle \text \frac "
@@ -54,15 +82,53 @@ MATRICES = {"matrix", "pmatrix", "bmatrix", "smallmatrix", "array"}
 
 # Signs that Unicode's compatibility forms (NFKC) leave as they are.
 SIGNS = {
-    "−": "-", "‐": "-", "‑": "-", "×": r"\times ", "÷": r"\div ", "·": r"\cdot ", "⋅": r"\cdot ",
-    "∙": r"\cdot ", "∗": "*", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ",
-    "⩾": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "√": " sqrt ",
-    "°": r"^\circ ", "±": r"\pm ", "∓": r"\mp ", "≈": r"\approx ", "∅": r"\varnothing ",
-    "′": "'", "″": "''", "’": "'", "∧": r"\and ", "∨": r"\or ", "⌊": r"\lfloor ",
-    "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "∠": r"\angle ", "∣": "|", "⁄": "/",
-    "∕": "/", "∶": ":", "…": r"\ldots ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}",
-    "⟨": r"\langle ", "⟩": r"\rangle ", "→": r"\to ", "º": r"^\circ ",
-}  # fmt: skip
+    "−": "-",
+    "‐": "-",
+    "‑": "-",
+    "×": r"\times ",
+    "÷": r"\div ",
+    "·": r"\cdot ",
+    "⋅": r"\cdot ",
+    "∙": r"\cdot ",
+    "∗": "*",
+    "∞": r"\infty ",
+    "≤": r"\le ",
+    "≥": r"\ge ",
+    "⩽": r"\le ",
+    "⩾": r"\ge ",
+    "≠": r"\ne ",
+    "∪": r"\cup ",
+    "∩": r"\cap ",
+    "∈": r"\in ",
+    "√": " sqrt ",
+    "°": r"^\circ ",
+    "±": r"\pm ",
+    "∓": r"\mp ",
+    "≈": r"\approx ",
+    "∅": r"\varnothing ",
+    "′": "'",
+    "″": "''",
+    "’": "'",
+    "∧": r"\and ",
+    "∨": r"\or ",
+    "⌊": r"\lfloor ",
+    "⌋": r"\rfloor ",
+    "⌈": r"\lceil ",
+    "⌉": r"\rceil ",
+    "∠": r"\angle ",
+    "∣": "|",
+    "⁄": "/",
+    "∕": "/",
+    "∶": ":",
+    "…": r"\ldots ",
+    "ℝ": r"\mathbb{R}",
+    "ℤ": r"\mathbb{Z}",
+    "ℕ": r"\mathbb{N}",
+    "⟨": r"\langle ",
+    "⟩": r"\rangle ",
+    "→": r"\to ",
+    "º": r"^\circ ",
+}
 
 # ---------------------------------------------------------------------------------------- words
 
@@ -74,13 +140,24 @@ NUMBERS = {
     )
 }
 EMPTY = {
-    r"\varnothing", r"\{\}", "no solution", "no solutions", "there is no solution",
-    "there are no solutions", "empty set", "the empty set", "empty",
-}  # fmt: skip
+    r"\varnothing",
+    r"\{\}",
+    "no solution",
+    "no solutions",
+    "there is no solution",
+    "there are no solutions",
+    "empty set",
+    "the empty set",
+    "empty",
+}
 REALS = {
-    r"\mathbb{R}", "all real numbers", "all reals", "all real number", "the real numbers",
+    r"\mathbb{R}",
+    "all real numbers",
+    "all reals",
+    "all real number",
+    "the real numbers",
     "the set of all real numbers",
-}  # fmt: skip
+}
 
 # Unit: its symbols, exactly so, and after a bar its names, in any case and number.
 _UNITS = """

@@ -46,8 +46,18 @@ LOGS = ("config.json", "metrics.jsonl", "samples.jsonl", "eval/*.jsonl")
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "numpy", "math-verify", "tokenizers")
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of a parameter
 # What resuming cannot change: the saved tensors, or the meaning of what was logged, depend on it.
-FIXED = ("model", "quant", "lora_r", "lora_alpha", "train_data", "keep_duplicates", "one_shot",
-         "prompt", "optimizer", "seed")  # fmt: skip
+FIXED = (
+    "model",
+    "quant",
+    "lora_r",
+    "lora_alpha",
+    "train_data",
+    "keep_duplicates",
+    "one_shot",
+    "prompt",
+    "optimizer",
+    "seed",
+)
 
 
 class RunFolder:

@@ -319,9 +319,15 @@ def _decode_once(model: nn.Module, prompt_tokens: int, columns: int, rows: int) 
     prompts, group = [[0] * prompt_tokens] * n, -(-rows // n)
     no_end = [-1]  # cannot be sampled
     generate(
-        model, prompts, group, columns - prompt_tokens, no_end, (TRAIN_NOISE,), max_rows=rows,
+        model,
+        prompts,
+        group,
+        columns - prompt_tokens,
+        no_end,
+        (TRAIN_NOISE,),
+        max_rows=rows,
         budgets=[2] * (n * group),
-    )  # fmt: skip
+    )
 
 
 def _fits(model: nn.Module, rows: int, T: int, max_new_tokens: int) -> bool:

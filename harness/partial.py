@@ -16,8 +16,10 @@ from harness.errors import UserError
 
 def fingerprint(model: nn.Module) -> str:
     """A hash of a model's weights: of the name, type and sum of each."""
-    sums = [(name, str(p.dtype), p.detach().sum(dtype=float64).item())
-            for name, p in model.named_parameters()]  # fmt: skip
+    sums = [
+        (name, str(p.dtype), p.detach().sum(dtype=float64).item())
+        for name, p in model.named_parameters()
+    ]
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
 
 

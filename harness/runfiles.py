@@ -102,8 +102,10 @@ def stale(weights: Path | str) -> str:
     if step == int(state["steps_done"]):
         return ""
     of = "of an unknown step" if step is None else f"of step {step}"
-    return (f"{weights} is {of}, the run's checkpoint of step {state['steps_done']}: "
-            f"repair it by python train.py --out_dir={run} --resume=True")  # fmt: skip
+    return (
+        f"{weights} is {of}, the run's checkpoint of step {state['steps_done']}: "
+        f"repair it by python train.py --out_dir={run} --resume=True"
+    )
 
 
 def over_its_base(cfg: T, given: dict) -> T:
@@ -122,8 +124,11 @@ def over_its_base(cfg: T, given: dict) -> T:
     for key, value in found.items():
         if value and key in given and given[key] != value:
             print(f"warning: {folder} was trained over {key}={value}, not {given[key]}")
-    taken = {key: value for key, value in found.items()
-             if value and key not in given and value != getattr(cfg, key)}  # fmt: skip
+    taken = {
+        key: value
+        for key, value in found.items()
+        if value and key not in given and value != getattr(cfg, key)
+    }
     if taken:
         print(f"from {folder}: " + ", ".join(f"{key}={value}" for key, value in taken.items()))
     if not found["quant"] and "quant" not in given:

@@ -40,10 +40,19 @@ def _pack(linear: nn.Linear, dtype: torch.dtype) -> None:
     new = lambda n, kind: torch.empty(n, dtype=kind, device="meta")  # noqa: E731
     n = linear.in_features * linear.out_features
     blocks = -(-n // 64)
-    inner = SimpleNamespace(absmax=new(-(-blocks // 256), torch.float32), offset=None, state2=None,
-                            code=new(256, torch.float32))  # fmt: skip
-    state = SimpleNamespace(absmax=new(blocks, torch.uint8), code=new(16, torch.float32),
-                            offset=new(1, torch.float32), state2=inner, dtype=dtype)  # fmt: skip
+    inner = SimpleNamespace(
+        absmax=new(-(-blocks // 256), torch.float32),
+        offset=None,
+        state2=None,
+        code=new(256, torch.float32),
+    )
+    state = SimpleNamespace(
+        absmax=new(blocks, torch.uint8),
+        code=new(16, torch.float32),
+        offset=new(1, torch.float32),
+        state2=inner,
+        dtype=dtype,
+    )
     weight = nn.Parameter(new(n // 2, torch.uint8), requires_grad=False)
     weight.quant_state = state
     linear.weight, linear.compute_dtype = weight, dtype

@@ -144,10 +144,19 @@ def label(
         for start in range(first, len(items), batch):
             part = items[start : start + batch]
             out = generate(
-                model, [ids for _, ids in part], samples, max_new_tokens, ends,
-                (LABEL_NOISE, seed), temperature, top_p, top_k, rollout_rows, progress,
+                model,
+                [ids for _, ids in part],
+                samples,
+                max_new_tokens,
+                ends,
+                (LABEL_NOISE, seed),
+                temperature,
+                top_p,
+                top_k,
+                rollout_rows,
+                progress,
                 range(start, start + len(part)),
-            )  # fmt: skip
+            )
             texts = decode(tokenizer, out.tokens, out.prompt_len, out.length)
             flat = [grading.last_boxed(text) for text in texts]
             answers = [flat[i : i + samples] for i in range(0, len(flat), samples)]
@@ -315,16 +324,24 @@ def summarize(rows: list[dict], by: LabelBy, too_long: int = 0) -> dict:
 def report(summary: dict, path: Path) -> None:
     """Print the figures; the last line is the JSON object."""
     s, stderr = summary, summary["stderr"]
-    print(f"label accuracy  {100 * s['accuracy']:5.1f}%"
-          + (f" +- {100 * stderr:.1f} (standard error)" if stderr is not None else ""))  # fmt: skip
-    print(f"wrong labels    {s['wrong']} (the incorrect reward trains on these; not on "
-          f"{s['doubtful']} that a lenient rule accepts)")  # fmt: skip
+    print(
+        f"label accuracy  {100 * s['accuracy']:5.1f}%"
+        + (f" +- {100 * stderr:.1f} (standard error)" if stderr is not None else "")
+    )
+    print(
+        f"wrong labels    {s['wrong']} (the incorrect reward trains on these; not on "
+        f"{s['doubtful']} that a lenient rule accepts)"
+    )
     print(f"majority share  {100 * s['majority_share']:5.1f}% of a problem's samples")
     print(f"answered        {100 * s['answered_share']:5.1f}% of all samples")
     print(f"by equivalence  {100 * s['equivalence_accuracy']:5.1f}% right")
-    print(f"by string       {100 * s['string_accuracy']:5.1f}% right, "
-          f"another label on {s['differ']} problems")  # fmt: skip
-    print(f"problems x k    {s['n']} x {s['k']}, {s['labelled']} labelled, {s['unanswered']} "
-          f"without an answer and {s['too_long']} too long dropped")  # fmt: skip
+    print(
+        f"by string       {100 * s['string_accuracy']:5.1f}% right, "
+        f"another label on {s['differ']} problems"
+    )
+    print(
+        f"problems x k    {s['n']} x {s['k']}, {s['labelled']} labelled, {s['unanswered']} "
+        f"without an answer and {s['too_long']} too long dropped"
+    )
     print(f"saved           {path}, {path.name}.progress")
     print(json.dumps(summary))

@@ -33,10 +33,18 @@ def small_config(family: str, **changes):
 
     cls = {"qwen2": Qwen2Config, "llama": LlamaConfig, "olmo2": Olmo2Config}[family]
     values = dict(
-        vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-        tie_word_embeddings=family == "qwen2", bos_token_id=None, eos_token_id=3, pad_token_id=3,
-    )  # fmt: skip
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=family == "qwen2",
+        bos_token_id=None,
+        eos_token_id=3,
+        pad_token_id=3,
+    )
     return cls(**{**values, **changes})
 
 

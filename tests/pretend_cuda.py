@@ -22,8 +22,16 @@ from torch.utils._pytree import tree_leaves
 
 ROOT = str(Path(__file__).resolve().parents[1])
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
-WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "equal", "is_nonzero",
-         "_unique2", "unique_consecutive"}  # fmt: skip
+WAITS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "bincount",
+    "equal",
+    "is_nonzero",
+    "_unique2",
+    "unique_consecutive",
+}
 # These may read from one device and write to another, or make a tensor of neither.
 MOVES = {"copy_", "_to_copy", "detach", "alias", "lift_fresh", "set_"}
 INDEXING = {"index", "index_put_", "index_put", "_index_put_impl_", "_unsafe_index"}
@@ -123,10 +131,12 @@ def _is_gpu(device) -> bool:
 class _Functions(TorchFunctionMode):
     """Answers questions about the device, and makes and moves tensors."""
 
-    ASKS = {torch.Tensor.device.__get__: lambda t: GPU if t else CPU,
-            torch.Tensor.is_cuda.__get__: bool,
-            torch.Tensor.is_cpu.__get__: lambda t: not t,
-            torch.Tensor.get_device: lambda t: 0 if t else -1}  # fmt: skip
+    ASKS = {
+        torch.Tensor.device.__get__: lambda t: GPU if t else CPU,
+        torch.Tensor.is_cuda.__get__: bool,
+        torch.Tensor.is_cpu.__get__: lambda t: not t,
+        torch.Tensor.get_device: lambda t: 0 if t else -1,
+    }
 
     def __init__(self, gpu: Pretended):
         super().__init__()

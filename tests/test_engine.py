@@ -186,9 +186,15 @@ def test_waiting_rows_take_the_slots_of_ended_ones(model_folders):
 def test_progress_counts_every_token_and_row(model_folders, mode):
     seen = []
     g = generate(
-        set_up(load_model(model_folders["qwen2"]), mode), PROMPTS, 8, 20, [3, 7], NOISE, max_rows=6,
+        set_up(load_model(model_folders["qwen2"]), mode),
+        PROMPTS,
+        8,
+        20,
+        [3, 7],
+        NOISE,
+        max_rows=6,
         progress=lambda *counts: seen.append(counts),
-    )  # fmt: skip
+    )
     assert [sum(column) for column in zip(*seen, strict=True)] == [int(g.length.sum()), 32]
 
 

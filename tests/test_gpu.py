@@ -25,9 +25,12 @@ def test_greedy_equals_generate_on_the_gpu(model_folders):
         g = generate(model, prompts, 1, 100, [3], (TRAIN_NOISE, 0, 0), temperature=0)
         for i, prompt in enumerate(prompts):
             out = plain.generate(
-                torch.tensor([prompt], device="cuda"), max_new_tokens=100, do_sample=False,
-                eos_token_id=3, pad_token_id=0,
-            )[0, len(prompt) :].tolist()  # fmt: skip
+                torch.tensor([prompt], device="cuda"),
+                max_new_tokens=100,
+                do_sample=False,
+                eos_token_id=3,
+                pad_token_id=0,
+            )[0, len(prompt) :].tolist()
             p, n = len(prompt), int(g.length[i])
             assert g.tokens[i, p : p + n].tolist() == out
 
@@ -70,11 +73,24 @@ def test_sampler_and_scores_agree_on_the_gpu(model_folders):
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 def test_with_lr_0_every_ratio_is_exactly_1_on_the_gpu(tiny_random, tmp_path, dtype, quant):
     cfg = Config(
-        model=tiny_random, quant=quant, train_data=tiny_random, eval_data=tiny_random,
-        prompt="none", max_prompt_tokens=32, max_new_tokens=40, reward="random(0.5)", steps=2,
-        prompts_per_step=8, group_size=8, micro_batch_tokens=400, lr=0.0, eval_every=0,
-        device="cuda", dtype=dtype, out_dir=str(tmp_path / "run"),
-    )  # fmt: skip
+        model=tiny_random,
+        quant=quant,
+        train_data=tiny_random,
+        eval_data=tiny_random,
+        prompt="none",
+        max_prompt_tokens=32,
+        max_new_tokens=40,
+        reward="random(0.5)",
+        steps=2,
+        prompts_per_step=8,
+        group_size=8,
+        micro_batch_tokens=400,
+        lr=0.0,
+        eval_every=0,
+        device="cuda",
+        dtype=dtype,
+        out_dir=str(tmp_path / "run"),
+    )
     for m in train(cfg):
         assert m["ratio_mean"] == 1 and m["ratio_max"] == 1
         assert m["clip_frac_low"] == 0 and m["clip_frac_high"] == 0
@@ -85,10 +101,18 @@ def test_with_lr_0_every_ratio_is_exactly_1_on_the_gpu(tiny_random, tmp_path, dt
 def test_a_step_of_the_1_5b_shape_in_nf4(tiny_random, tmp_path):
     """Random weights of Qwen2.5-1.5B's shape; prints the peak memory and the phases' seconds."""
     config = Qwen2Config(
-        vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
-        num_attention_heads=12, num_key_value_heads=2, max_position_embeddings=4096,
-        rope_theta=1e6, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
-    )  # fmt: skip
+        vocab_size=151_936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        rope_theta=1e6,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     folder = tmp_path / "shape"
@@ -98,11 +122,24 @@ def test_a_step_of_the_1_5b_shape_in_nf4(tiny_random, tmp_path):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     cfg = Config(
-        model=str(folder), quant="nf4", train_data=tiny_random, eval_data=tiny_random,
-        prompt="none", max_prompt_tokens=512, max_new_tokens=1024, reward="random(0.5)", steps=1,
-        prompts_per_step=4, group_size=8, micro_batch_tokens=8192, rollout_rows=32, eval_every=0,
-        device="cuda", dtype="bfloat16", out_dir=str(tmp_path / "run"),
-    )  # fmt: skip
+        model=str(folder),
+        quant="nf4",
+        train_data=tiny_random,
+        eval_data=tiny_random,
+        prompt="none",
+        max_prompt_tokens=512,
+        max_new_tokens=1024,
+        reward="random(0.5)",
+        steps=1,
+        prompts_per_step=4,
+        group_size=8,
+        micro_batch_tokens=8192,
+        rollout_rows=32,
+        eval_every=0,
+        device="cuda",
+        dtype="bfloat16",
+        out_dir=str(tmp_path / "run"),
+    )
     (m,) = train(cfg)
     print(
         {

@@ -204,7 +204,7 @@ WRONG = [
     (r"\frac{1}{0}", r"\frac{2}{0}"),
     ("", "5"),
     (None, "5"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("answer", "gold"), RIGHT)
@@ -295,7 +295,7 @@ NEAR_MISSES = [
     (r"\tilde{5}", r"5"),
     (r"5\pmod 7", r"5"),
     (r"\|5\|", r"5"),
-]  # fmt: skip
+]
 # Other ways of writing the gold answer.
 WRITTEN_OTHERWISE = [
     (r"2^2 3^2", r"36"),
@@ -385,7 +385,7 @@ WRITTEN_OTHERWISE = [
     (r"\angle ABC=30^\circ", r"30"),
     (r"$x=3$, $x=4$", r"3,4"),
     (r"\lfloor x\rfloor+1", r"1+\lfloor x\rfloor"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("answer", "gold"), WRITTEN_OTHERWISE)
@@ -411,13 +411,20 @@ def near_misses(rng: random.Random) -> list[tuple[str, str]]:
         pairs += [(mark.format(number), f"{number}") for mark in marks]
         a, b, c = rng.sample(range(2, 30), 3)
         pairs += [
-            (f"{a}:{b * c}", f"{a}:{b}:{c}"), (rf"\frac{{{a}}}{{{b * c}}}", f"{a}:{b}:{c}"),
-            (f"{a}:{c}:{b}", f"{a}:{b}:{c}"), (f"(y,x)=({a},{b})", f"({a},{b})"),
-            (f"x={b}, y={a}", f"({a},{b})"), (f"({a})({b})", f"{a + b}"),
-            (f"{a}^2 {b}^2", f"{a * b}"), (f"{a}x={b}", f"{b}"), (f"x<{a}", rf"({a},\infty)"),
+            (f"{a}:{b * c}", f"{a}:{b}:{c}"),
+            (rf"\frac{{{a}}}{{{b * c}}}", f"{a}:{b}:{c}"),
+            (f"{a}:{c}:{b}", f"{a}:{b}:{c}"),
+            (f"(y,x)=({a},{b})", f"({a},{b})"),
+            (f"x={b}, y={a}", f"({a},{b})"),
+            (f"({a})({b})", f"{a + b}"),
+            (f"{a}^2 {b}^2", f"{a * b}"),
+            (f"{a}x={b}", f"{b}"),
+            (f"x<{a}", rf"({a},\infty)"),
             (rf"x<{a} \text{{ and }} x>{a + b}", rf"x<{a} \text{{ or }} x>{a + b}"),
-            (f"f'({a})", f"f({a})"), (f"{a}N+n", f"{a}n+N"), (f"{a}'", rf"{a}^\circ"),
-        ]  # fmt: skip
+            (f"f'({a})", f"f({a})"),
+            (f"{a}N+n", f"{a}n+N"),
+            (f"{a}'", rf"{a}^\circ"),
+        ]
         word = "".join(rng.sample("LQSXABCDKM", 4))
         pairs += [(word[::-1], word), (word[1] + word[0] + word[2:], word), (word + "'", word)]
     return pairs
@@ -525,8 +532,11 @@ REWRITES = {
     "spaces": lambda g: " " + re.sub(r"([-+=,()&\[\]])", r" \1 ", g) + " ",
     "thin spaces": lambda g: re.sub(r" ?([-+=]) ?", r"\\,\1\\;", g) if "," not in g else g,
     "no spaces": lambda g: re.sub(r"(?<!\w) +| +(?!\w)", "", g),
-    "left right": lambda g: re.sub(r"([(\[])", r"\\left\1", re.sub(r"([)\]])", r"\\right\1", g))
-    if r"\left" not in g else g,
+    "left right": lambda g: (
+        re.sub(r"([(\[])", r"\\left\1", re.sub(r"([)\]])", r"\\right\1", g))
+        if r"\left" not in g
+        else g
+    ),
     "no left right": lambda g: re.sub(r"\\(left|right) ?", "", g),
     "period": lambda g: g + ".",
     "dollars around": lambda g: f"${g}$",
@@ -554,11 +564,13 @@ REWRITES = {
     "cdot": lambda g: re.sub(r"(?<![\\a-z}])(\d) ?(\\sqrt|\\pi|[xkri]\b)", r"\1 \\cdot \2", g),
     "bmatrix": lambda g: g.replace("pmatrix", "bmatrix"),
     "matrix in brackets": lambda g: g.replace(r"\begin{pmatrix}", r"\left[\begin{matrix}").replace(
-        r"\end{pmatrix}", r"\end{matrix}\right]"),
+        r"\end{pmatrix}", r"\end{matrix}\right]"
+    ),
     "matrix with a last line end": lambda g: g.replace(r" \end{pm", r" \\ \end{pm"),
     "set braces": lambda g: rf"\{{{g}\}}" if unordered(g) and g[0] != "\\" else g,
-    "sized set braces": lambda g: rf"\left\{{ {g} \right\}}"
-    if unordered(g) and g[0] != "\\" else g,
+    "sized set braces": lambda g: (
+        rf"\left\{{ {g} \right\}}" if unordered(g) and g[0] != "\\" else g
+    ),
     "list in another order": lambda g: ", ".join(reversed(unordered(g))) or g,
     "list with and": lambda g: r" \text{ and } ".join(unordered(g)) or g,
     "union in another order": lambda g: r" \cup ".join(reversed(g.split(r" \cup "))),
@@ -577,13 +589,17 @@ REWRITES = {
     "root sign": lambda g: re.sub(r"\\sqrt\{(\d+)\}", r"√\1", g),
     "raised digits": lambda g: re.sub(r"(?<=[a-z])\^2(?!\d)", "²", g),
     "array": lambda g: g.replace(r"\begin{pmatrix}", r"\left(\begin{array}{rr}").replace(
-        r"\end{pmatrix}", r"\end{array}\right)"),
+        r"\end{pmatrix}", r"\end{array}\right)"
+    ),
     "row distances": lambda g: g.replace(r"\\", r"\\[4pt]") if "matrix" in g else g,
     "point": lambda g: "P" + g if re.match(r"\(-?\d+,[^,]*\)$", g) else g,
     "two values": lambda g: re.sub(r"^\((-?\d+), ?(-?\d+)\)$", r"x=\1, y=\2", g),
-    "capitals": lambda g: g.replace("text{", "text{ ").title().replace("\\T", "\\t")
-    if re.fullmatch(r"\\text\{\w+\}", g) else g,
-}  # fmt: skip
+    "capitals": lambda g: (
+        g.replace("text{", "text{ ").title().replace("\\T", "\\t")
+        if re.fullmatch(r"\\text\{\w+\}", g)
+        else g
+    ),
+}
 
 
 @pytest.mark.parametrize("name", REWRITES)
@@ -635,9 +651,11 @@ def wrong_answers(gold: str) -> dict[str, list[str]]:
     if structure(gold) and bare:
         inner, flip = gold[1:-1], str.maketrans("([)]", "[(])")
         wrong["bracket"] = [
-            gold[0].translate(flip) + gold[1:], gold[:-1] + gold[-1].translate(flip), inner,
+            gold[0].translate(flip) + gold[1:],
+            gold[:-1] + gold[-1].translate(flip),
+            inner,
             rf"\{{{inner}\}}",
-        ]  # fmt: skip
+        ]
         entries = [entry.strip() for entry in inner.split(",")]
         wrong["entry lost"] = [gold[0] + ",".join(entries[1:]) + gold[-1]]
         turned = gold[0] + ",".join(reversed(entries)) + gold[-1]
@@ -672,8 +690,9 @@ def test_no_wrong_answer_is_accepted(golds, grader):
     kinds["tiny difference"] = [
         (form % (base, n + 1), form % (base, n))
         for form in (r"\frac{1}{%d^{%d}}", r"\frac{\pi}{%d^{%d}}", "x/%d^{%d}", "x+%d^{-%d}", TINY)
-        for base in (2, 3, 10) for n in (30, 98, 99)
-    ]  # fmt: skip
+        for base in (2, 3, 10)
+        for n in (30, 98, 99)
+    ]
     kinds["permuted letters"] = [(a, b) for a in "ABCD" for b in "ABCD" if a != b]
     assert all(kinds.values()) and len(kinds) >= 20, [k for k, v in kinds.items() if not v]
     rng = random.Random(0)
@@ -702,12 +721,24 @@ def test_clusters_by_hand(grader):
     answers = ["5", None, "$5$", "6", "", "5.0", r"\frac12", "  ", "0.5", "x+1", "1+x", "5"]
     assert grading.clusters(answers, [0] * 12, grader) == [0, -1, 0, 3, -1, 0, 6, -1, 6, 9, 9, 0]
     assert grading.clusters(answers[:4] * 2, [7, 7, 7, 7, 2, 2, 2, 2], grader) == [
-        0, -1, 0, 3, 4, -1, 4, 7,
-    ]  # fmt: skip
+        0,
+        -1,
+        0,
+        3,
+        4,
+        -1,
+        4,
+        7,
+    ]
     # groups need not be contiguous; ties stay two clusters
     assert grading.clusters(["1", "1", "2", "1.0", "2", "3"], [0, 1, 0, 1, 1, 0], grader) == [
-        0, 1, 2, 1, 4, 5,
-    ]  # fmt: skip
+        0,
+        1,
+        2,
+        1,
+        4,
+        5,
+    ]
     assert grading.clusters([], [], grader) == []
     assert grading.clusters([None], [3], grader) == [-1]
     with pytest.raises(ValueError):

@@ -116,12 +116,17 @@ def test_sequence_ratios_by_hand():
     log = torch.log(torch.tensor([[1.5, 0.9], [0.5, 7.0]]))
     mask = torch.tensor([[True, True], [True, False]])
     A = torch.tensor([2.0, -3.0])
-    first = {"gspo": (1.5 * 0.9) ** 0.5, 2.0: ((2.25 + 0.81) / 2) ** 0.5, 1.0: 1.2,
-             -1.0: 2 / (1 / 1.5 + 1 / 0.9)}  # fmt: skip
+    first = {
+        "gspo": (1.5 * 0.9) ** 0.5,
+        2.0: ((2.25 + 0.81) / 2) ** 0.5,
+        1.0: 1.2,
+        -1.0: 2 / (1 / 1.5 + 1 / 0.9),
+    }
     for p, rho in first.items():
         arm = dict(loss="gspo") if p == "gspo" else dict(loss="hoelder", hoelder_p=p)
         run = lambda clip, agg, n, arm=arm: grpo.policy_loss(  # noqa: E731
-            log, torch.zeros(2, 2), A, mask, n, clip, 0.3, 0.15, agg, **arm)  # fmt: skip
+            log, torch.zeros(2, 2), A, mask, n, clip, 0.3, 0.15, agg, **arm
+        )
         loss, stats = run("off", "token_mean", 3)
         assert loss.item() == pytest.approx(-(2 * 2 * rho - 3 * 0.5) / 3, rel=1e-6)
         assert stats["ratio"].item() == pytest.approx(2 * rho + 0.5)
@@ -154,8 +159,10 @@ def test_power_means():
     gspo = torch.stack([row[m].mean().exp() for row, m in zip(log_ratio, mask, strict=True)])
     for p in (2.0, 1.0, 1e-4, -2.0):
         rho, share = grpo.sequence_ratio(log_ratio.masked_fill(~mask, 0.0), mask, p)
-        exact = [((p * row[m]).exp().mean() ** (1 / p)).item()
-                 for row, m in zip(log_ratio, mask, strict=True)]  # fmt: skip
+        exact = [
+            ((p * row[m]).exp().mean() ** (1 / p)).item()
+            for row, m in zip(log_ratio, mask, strict=True)
+        ]
         assert rho[:, 0].tolist() == pytest.approx(exact, rel=1e-10)
         assert share.sum(1).tolist() == pytest.approx(mask.sum(1).tolist())
     masked = log_ratio.masked_fill(~mask, 0.0)
@@ -376,8 +383,10 @@ def test_kl_gradients_are_what_the_docstring_says():
         p = z.log_softmax(0)
         return torch.autograd.grad(term(p), z)[0]
 
-    expected = {kind: gradient(lambda p, k=kind: (p.detach().exp() * grpo.kl(p, q, k)).sum())
-                for kind in ("k1", "k2", "k3")}  # fmt: skip
+    expected = {
+        kind: gradient(lambda p, k=kind: (p.detach().exp() * grpo.kl(p, q, k)).sum())
+        for kind in ("k1", "k2", "k3")
+    }
     reverse = gradient(lambda p: (p.exp() * (p - q)).sum())
     forward = gradient(lambda p: (q.exp() * (q - p)).sum())
     assert expected["k1"].abs().max() < 1e-12

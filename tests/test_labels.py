@@ -50,8 +50,12 @@ def test_equivalent_answers_are_one_and_strings_are_not():
     assert (row["string_label"], row["string_size"]) == ("3", 3)
     assert row["equivalence_correct"] and not row["string_correct"] and row["differ"]
     assert {key: row[key] for key in ("problem", "answer", "id", "subject", "level")} == {
-        "problem": "p", "answer": "1/2", "id": "a", "subject": "s", "level": "3",
-    }  # fmt: skip
+        "problem": "p",
+        "answer": "1/2",
+        "id": "a",
+        "subject": "s",
+        "level": "3",
+    }
 
 
 def test_labels_of_another_spelling_do_not_differ():
@@ -68,16 +72,22 @@ def test_problems_do_not_share_clusters_and_may_have_no_answer():
     assert (first["equivalence_label"], last["equivalence_label"]) == ("8", "7")
     assert none["answered"] == 0 and none["clusters"] == [] and none["string_label"] == ""
     assert not (none["equivalence_correct"] or none["string_correct"] or none["differ"])
-    written = [json.loads(line) for line in labels.render([first, none, last], "string").split("\n")
-               if line]  # fmt: skip
+    written = [
+        json.loads(line)
+        for line in labels.render([first, none, last], "string").split("\n")
+        if line
+    ]
     assert [row["id"] for row in written] == ["0", "2"]
 
 
 def test_figures_by_hand():
     rows = rows_of(
-        ["1", "1", "1", None], ["2", "2", "3", "1"], [None] * 4, ["0.5", "\\frac12", "4", "4"],
+        ["1", "1", "1", None],
+        ["2", "2", "3", "1"],
+        [None] * 4,
+        ["0.5", "\\frac12", "4", "4"],
         golds=("1", "1", "1", "4"),
-    )  # fmt: skip
+    )
     s = labels.summarize(rows, "equivalence", too_long=2)
     assert (s["n"], s["k"], s["labelled"], s["unanswered"], s["too_long"]) == (4, 4, 3, 1, 2)
     # the last: by equivalence 0.5 (2) comes before 4 (2) and is wrong, by string 4 (2) is right
@@ -228,9 +238,15 @@ def digits(monkeypatch):
 
 def command(world: str, path, *more: str) -> list[str]:
     return [
-        f"--labels={path}", f"--model={world}", f"--data={world}", "--n=11", "--k=5",
-        "--max_prompt_tokens=32", "--max_new_tokens=12", *more,
-    ]  # fmt: skip
+        f"--labels={path}",
+        f"--model={world}",
+        f"--data={world}",
+        "--n=11",
+        "--k=5",
+        "--max_prompt_tokens=32",
+        "--max_new_tokens=12",
+        *more,
+    ]
 
 
 def test_interrupted_and_resumed_is_as_uninterrupted(tiny_random, tmp_path, digits, monkeypatch):
@@ -326,8 +342,8 @@ def test_no_answer_at_all_is_said(tiny_random, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "more,word",
     [
-        (["--completions=x.jsonl"], "completions cannot act"),
-        (["--out=x"], "out cannot act"),
+        (["--completions=x.jsonl"], "completions has no effect"),
+        (["--out=x"], "out has no effect"),
         (["--temperature=0"], "labels: a majority wants"),
         (["--k=1"], "labels: a majority wants"),
         (["--label_by=strings"], "label_by"),
@@ -350,10 +366,19 @@ def test_defaults_of_a_run_and_of_models(tmp_path):
         return evaluation.fill(evaluation.EvalConfig(labels="x", **given), given)
 
     saved = dict(
-        model="base", quant="nf4", prompt="qwen_math", dtype="auto", max_prompt_tokens=9,
-        max_new_tokens=8, rollout_rows=7, train_data="mine.jsonl", eval_data="e", eval_n=3,
-        eval_k=1, eval_temperature=0.0,
-    )  # fmt: skip
+        model="base",
+        quant="nf4",
+        prompt="qwen_math",
+        dtype="auto",
+        max_prompt_tokens=9,
+        max_new_tokens=8,
+        rollout_rows=7,
+        train_data="mine.jsonl",
+        eval_data="e",
+        eval_n=3,
+        eval_k=1,
+        eval_temperature=0.0,
+    )
     (tmp_path / "config.json").write_text(json.dumps({"config": saved}))
     (tmp_path / "adapter").mkdir()
     cfg = filled(run=str(tmp_path))

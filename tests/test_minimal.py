@@ -26,10 +26,17 @@ def test_the_page_makes_the_update_of_train(tiny_random, tmp_path, clip):
     advantage = grpo.advantages(torch.tensor([float(len(t) % 3 == 0) for t in r.text]), 8)
     lr = 0.05  # plain SGD: AdamW makes a whole step of a gradient that is rounding alone
     cfg = replace(
-        small_config(tiny_random, str(tmp_path)), lora_r=0, lr=lr, clip=clip, steps=2,
-        prompts_per_step=minimal.PROMPTS, updates_per_step=minimal.UPDATES, seed=minimal.SEED,
-        micro_batch_tokens=700, optimizer="sgd",
-    )  # fmt: skip
+        small_config(tiny_random, str(tmp_path)),
+        lora_r=0,
+        lr=lr,
+        clip=clip,
+        steps=2,
+        prompts_per_step=minimal.PROMPTS,
+        updates_per_step=minimal.UPDATES,
+        seed=minimal.SEED,
+        micro_batch_tokens=700,
+        optimizer="sgd",
+    )
     theirs = copy.deepcopy(model)
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), lr)

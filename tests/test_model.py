@@ -294,8 +294,10 @@ def test_bf16_scores_sampler_and_update_share_float32_logits(model_folders, fami
         assert torch.allclose(scored[i, :n].double(), want, atol=2e-5)
     # Prefill and decoding steps: every log-probability is a difference of fp32 numbers, and those
     # that came from bf16 logits would all stand on a grid.
-    first = [logits(model.lm_head, hidden[i, p - 1][None])[0].log_softmax(-1)
-             for i, p in enumerate(g.prompt_len.tolist())]  # fmt: skip
+    first = [
+        logits(model.lm_head, hidden[i, p - 1][None])[0].log_softmax(-1)
+        for i, p in enumerate(g.prompt_len.tolist())
+    ]
     chosen = [z[g.tokens[i, p]] for i, (z, p) in enumerate(zip(first, g.prompt_len, strict=True))]
     assert torch.allclose(torch.stack(chosen), g.sampler_logp[:, 0], atol=0.02)
     for part in ("prefill", "step"):
@@ -326,8 +328,14 @@ def test_lora_is_on_every_linear_layer_but_the_head_and_alone_has_gradients(mode
     before = token_stats(model, *batch(5)).logp
     add_lora(model, 4, 8)
     assert {n.rpartition(".")[2] for n in lora_layers(model)} == {
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
-    }  # fmt: skip
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
     assert len(lora_layers(model)) == 2 * 7
     assert all(n.endswith(("lora_A", "lora_B")) for n in trainable(model))
     assert torch.equal(before, token_stats(model, *batch(5)).logp)  # B = 0: the identity
@@ -472,8 +480,15 @@ def test_mistakes_are_one_line(model_folders, tmp_path):
 def test_architectures_we_would_get_wrong_are_refused(tmp_path):
     from transformers import GraniteConfig, MistralConfig
 
-    small = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
-                 num_attention_heads=2, num_key_value_heads=1, pad_token_id=0)  # fmt: skip
+    small = dict(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        pad_token_id=0,
+    )
     scaled = GraniteConfig(**small, logits_scaling=8.0)
     AutoModelForCausalLM.from_config(scaled).save_pretrained(tmp_path / "scaled")
     with pytest.raises(UserError, match="not a linear map"):

@@ -125,9 +125,12 @@ def measure(cfg, config, merged: bool) -> int:
             del cache, states, logits, first
             position = meta(n, dtype=torch.int64)
             hidden = backbone(model)(
-                meta(n, 1, dtype=torch.int64), attention_mask=static.open(position),
-                position_ids=position[:, None], past_key_values=static, use_cache=True,
-            ).last_hidden_state  # fmt: skip
+                meta(n, 1, dtype=torch.int64),
+                attention_mask=static.open(position),
+                position_ids=position[:, None],
+                past_key_values=static,
+                use_cache=True,
+            ).last_hidden_state
             before, peak = live.now, live.peak
             live.peak = before
             sample(head(model)(hidden[:, 0]), meta(n, dtype=torch.float64))
@@ -157,9 +160,10 @@ def test_what_is_measured_is_planned_and_little_more(name, more, shape, merged, 
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda positions: None)
     real = F.scaled_dot_product_attention
     monkeypatch.setattr(
-        F, "scaled_dot_product_attention",
+        F,
+        "scaled_dot_product_attention",
         lambda q, k, v, **more: Fused.apply(q, k, v) if q.is_meta else real(q, k, v, **more),
-    )  # fmt: skip
+    )
     cfg, planned = memory_table.recipe(name, more, shape, 24e9)
     need = planned.need("kept" if merged else "adapter")
     measured = measure(cfg, model_config(shape), bool(merged))

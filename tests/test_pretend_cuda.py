@@ -21,12 +21,30 @@ PROMPTS = [[5, 6, 7, 8], [9, 10]]
 def test_training_on_a_pretended_gpu(tiny_random, tmp_path, monkeypatch, quant, dtype):
     """Eval, steps and checkpoints; its captures belong to the first rollout alone."""
     cfg = Config(
-        model=tiny_random, quant=quant, lora_r=4, lora_alpha=8, train_data=tiny_random,
-        eval_data=tiny_random, prompt="none", max_prompt_tokens=32, max_new_tokens=16,
-        reward="random(0.5)", steps=2, prompts_per_step=2, group_size=4, updates_per_step=2,
-        micro_batch_tokens=200, rollout_rows=6, lr=0.0, eval_every=2, eval_n=4, save_every=1,
-        kl_coef=0.1, dtype=dtype, out_dir=str(tmp_path / "run"),
-    )  # fmt: skip
+        model=tiny_random,
+        quant=quant,
+        lora_r=4,
+        lora_alpha=8,
+        train_data=tiny_random,
+        eval_data=tiny_random,
+        prompt="none",
+        max_prompt_tokens=32,
+        max_new_tokens=16,
+        reward="random(0.5)",
+        steps=2,
+        prompts_per_step=2,
+        group_size=4,
+        updates_per_step=2,
+        micro_batch_tokens=200,
+        rollout_rows=6,
+        lr=0.0,
+        eval_every=2,
+        eval_n=4,
+        save_every=1,
+        kl_coef=0.1,
+        dtype=dtype,
+        out_dir=str(tmp_path / "run"),
+    )
     captures = []
 
     with pretended() as gpu:

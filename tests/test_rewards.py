@@ -213,9 +213,7 @@ def test_needs_follow_the_arguments():
             "format",
         )
     }
-    assert list(needs.values()) == [
-        ("label",), (), ("base_self_certainty",), ("cross_logp:x",), ()
-    ]  # fmt: skip
+    assert list(needs.values()) == [("label",), (), ("base_self_certainty",), ("cross_logp:x",), ()]
 
 
 def test_watched_are_all_that_need_no_argument_and_run_where_their_inputs_are():
@@ -223,9 +221,16 @@ def test_watched_are_all_that_need_no_argument_and_run_where_their_inputs_are():
     assert set(rewards.VARIANTS) < set(watched)
     text_only = {name for name, one in watched.items() if not one.missing(make())}
     assert text_only >= {
-        "ground_truth", "majority(online)", "soft_majority", "semantic_entropy", "format", "random",
-        "python", "no_repetition", "constant",
-    }  # fmt: skip
+        "ground_truth",
+        "majority(online)",
+        "soft_majority",
+        "semantic_entropy",
+        "format",
+        "random",
+        "python",
+        "no_repetition",
+        "constant",
+    }
     full = make(**SCORED, label=["2"] * 4)
     assert not any(one.missing(full) for one in watched.values())
     assert all(len(one(full)) == 4 for one in watched.values())
@@ -458,8 +463,9 @@ def test_command_line(tmp_path, capsys):
     scoring.main([])
     listed = capsys.readouterr().out
     assert all(name in listed for name in rewards.REGISTRY) and "random(p=0.5)" in listed
-    assert all(entry.formula in listed and entry.source in listed
-               for entry in rewards.REGISTRY.values())  # fmt: skip
+    assert all(
+        entry.formula in listed and entry.source in listed for entry in rewards.REGISTRY.values()
+    )
 
     def table(*argv):
         scoring.main([*argv, f"--completions={file}"])

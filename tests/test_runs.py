@@ -132,9 +132,10 @@ def test_killed_in_the_last_eval_costs_no_step_and_no_completion(small, whole, m
     asked = []
     generate = evaluation.generate
     monkeypatch.setattr(
-        evaluation, "generate", lambda m, prompts, *a, **k: (
-            asked.append(len(prompts)), generate(m, prompts, *a, **k))[1]
-    )  # fmt: skip
+        evaluation,
+        "generate",
+        lambda m, prompts, *a, **k: (asked.append(len(prompts)), generate(m, prompts, *a, **k))[1],
+    )
     goes_on_as(whole, small)
     assert asked == [4]
     assert not list((Path(small.out_dir) / "eval").glob("*.progress"))
@@ -143,8 +144,16 @@ def test_killed_in_the_last_eval_costs_no_step_and_no_completion(small, whole, m
 def test_eval_on_the_command_line_goes_on_and_equals_an_uninterrupted_one(
     tiny_random, tmp_path, monkeypatch, capsys
 ):
-    args = [f"--model={tiny_random}", f"--data={tiny_random}", "--prompt=none", "--n=12", "--k=3",
-            "--temperature=1", "--max_prompt_tokens=32", "--max_new_tokens=8"]  # fmt: skip
+    args = [
+        f"--model={tiny_random}",
+        f"--data={tiny_random}",
+        "--prompt=none",
+        "--n=12",
+        "--k=3",
+        "--temperature=1",
+        "--max_prompt_tokens=32",
+        "--max_new_tokens=8",
+    ]
     evaluation.main([*args, f"--out={tmp_path}/a"])
     add, calls = evaluation.Kept.add, []
 
@@ -277,8 +286,11 @@ def test_nohup_goes_on_without_its_terminal():
 def test_an_error_costs_one_step_at_most(small, whole, monkeypatch, capsys, lora_r):
     """A bug in the third step, in the middle of its update or, all weights trained, before it."""
     cfg = replace(small, lora_r=lora_r, eval_every=0)
-    name, owner, call = ("describe", trainer, 4) if not lora_r else (
-        "policy_loss", trainer.grpo, 3 * len(weights_calls(small)) + 3)  # fmt: skip
+    name, owner, call = (
+        ("describe", trainer, 4)
+        if not lora_r
+        else ("policy_loss", trainer.grpo, 3 * len(weights_calls(small)) + 3)
+    )
     reference = train(replace(cfg, out_dir=small.out_dir + "whole"))
     real, calls = getattr(owner, name), []
 
@@ -373,8 +385,10 @@ def altered(world, folder, file, change):
 
 
 CODE = {
-    "AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own", "AutoTokenizer": ["own.Own", None]
-}  # fmt: skip
+    "AutoConfig": "own.Own",
+    "AutoModelForCausalLM": "own.Own",
+    "AutoTokenizer": ["own.Own", None],
+}
 
 
 @pytest.mark.parametrize(
@@ -408,8 +422,11 @@ def test_weights_that_are_missing_or_have_no_place_are_refused(
     folder = altered(model_folders[family], tmp_path / "m", "config.json", {})
     path = Path(folder) / "model.safetensors"
     tensors = load_file(path)
-    save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}, path,
-              {"format": "pt"})  # fmt: skip
+    save_file(
+        tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)},
+        path,
+        {"format": "pt"},
+    )
     load_model(folder, quant)  # computed, whatever is stored
     name = "model.layers.1.mlp.up_proj.weight"
     for changed in (
@@ -420,8 +437,9 @@ def test_weights_that_are_missing_or_have_no_place_are_refused(
         with pytest.raises(UserError, match="mlp.up_proj.weight"):
             load_model(folder, quant)
     if family == "llama":
-        save_file({k: v for k, v in tensors.items() if k != "lm_head.weight"}, path,
-                  {"format": "pt"})  # fmt: skip
+        save_file(
+            {k: v for k, v in tensors.items() if k != "lm_head.weight"}, path, {"format": "pt"}
+        )
         with pytest.raises(UserError, match="lm_head.weight"):
             load_model(folder, quant)
 
@@ -432,19 +450,36 @@ def test_weights_that_are_missing_or_have_no_place_are_refused(
 @pytest.mark.parametrize(
     "change",
     [
-        {"init_lora_weights": "pissa"}, {"init_lora_weights": "pissa_niter_4"},
-        {"init_lora_weights": "olora"}, {"init_lora_weights": "corda"},
-        {"init_lora_weights": "loftq"}, {"init_lora_weights": "lora_ga"},
-        {"alora_invocation_tokens": [5]}, {"use_dora": True}, {"use_rslora": True},
-        {"use_qalora": True}, {"lora_bias": True}, {"bias": "all"}, {"fan_in_fan_out": True},
-        {"rank_pattern": {"q_proj": 2}}, {"alpha_pattern": {"q_proj": 2}},
-        {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1]},
-        {"layer_replication": [[0, 2]]}, {"target_parameters": ["x"]}, {"task_type": "SEQ_CLS"},
-        {"peft_type": "IA3"}, {"peft_type": None}, {"a_method_of_tomorrow": {"on": 1}},
-        {"kasa_config": {"k": 1}}, {"r": 0}, {"r": "4"}, {"lora_alpha": None},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "pissa_niter_4"},
+        {"init_lora_weights": "olora"},
+        {"init_lora_weights": "corda"},
+        {"init_lora_weights": "loftq"},
+        {"init_lora_weights": "lora_ga"},
+        {"alora_invocation_tokens": [5]},
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"use_qalora": True},
+        {"lora_bias": True},
+        {"bias": "all"},
+        {"fan_in_fan_out": True},
+        {"rank_pattern": {"q_proj": 2}},
+        {"alpha_pattern": {"q_proj": 2}},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [1]},
+        {"layer_replication": [[0, 2]]},
+        {"target_parameters": ["x"]},
+        {"task_type": "SEQ_CLS"},
+        {"peft_type": "IA3"},
+        {"peft_type": None},
+        {"a_method_of_tomorrow": {"on": 1}},
+        {"kasa_config": {"k": 1}},
+        {"r": 0},
+        {"r": "4"},
+        {"lora_alpha": None},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_only_plain_lora_is_loaded(tiny_random, tmp_path, change):
     model = load_model(tiny_random)
     add_lora(model, 4, 8)

@@ -49,9 +49,14 @@ def test_a_watched_reward_that_fails_is_null_and_stops_nothing(small, registry, 
 # ------------------------------------------------------------------------- scores and advantages
 
 INTRINSIC = (
-    "self_certainty", "self_certainty(base)", "neg_entropy", "neg_entropy(sum)", "logp",
-    "logp(mean)", "0.1*self_certainty + 0.5*logp(mean) + format",
-)  # fmt: skip
+    "self_certainty",
+    "self_certainty(base)",
+    "neg_entropy",
+    "neg_entropy(sum)",
+    "logp",
+    "logp(mean)",
+    "0.1*self_certainty + 0.5*logp(mean) + format",
+)
 
 
 @pytest.fixture
@@ -78,10 +83,16 @@ def scored(tiny_random, monkeypatch):
     tokens[8:, :6] = tokens[8, :6]
     length = torch.tensor([14] * 8 + [3, 5, 7, 9, 11, 12, 13, 14])
     r = Rollouts(
-        tokens=tokens, prompt_len=torch.tensor([6] * 16), length=length, text=["\\boxed{1}"] * 16,
-        problem=[Problem("p", "1", "0")] * 16, finished=torch.ones(16, dtype=torch.bool),
-        group_size=8, seed=0, step=1,
-    )  # fmt: skip
+        tokens=tokens,
+        prompt_len=torch.tensor([6] * 16),
+        length=length,
+        text=["\\boxed{1}"] * 16,
+        problem=[Problem("p", "1", "0")] * 16,
+        finished=torch.ones(16, dtype=torch.bool),
+        group_size=8,
+        seed=0,
+        step=1,
+    )
     # Equal rows stand in micro-batches of several sizes.
     parts = [[[0]], [[1, 2, 8]], [[3, 4, 5, 9, 10]], [[6, 7, 11, 12, 13, 14, 15]]]
     cfg = Config(lora_r=4, updates_per_step=4, kl_coef=0.1)

@@ -30,9 +30,13 @@ def rollouts(tokenizer) -> Rollouts:
         tokens=torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
         prompt_len=torch.tensor([*map(len, prompts)]),
         length=torch.tensor([*map(len, responses)]),
-        text=TEXTS, problem=[Problem(PROBLEMS[i // 2], "7", str(i)) for i in range(4)],
-        finished=torch.tensor(finished), group_size=2, seed=0, step=1,
-    )  # fmt: skip
+        text=TEXTS,
+        problem=[Problem(PROBLEMS[i // 2], "7", str(i)) for i in range(4)],
+        finished=torch.tensor(finished),
+        group_size=2,
+        seed=0,
+        step=1,
+    )
 
 
 def by_hand(folder, prompts, responses) -> list[float]:
@@ -54,8 +58,10 @@ def test_same_vocabulary_reads_the_sampled_tokens(
     r = rollouts(policy_tokenizer)
     second = SecondModel(tiny_random, policy_tokenizer, "none")
     assert second.same
-    rows = [(t.tolist(), p, n) for t, p, n in
-            zip(r.tokens, r.prompt_len.tolist(), r.length.tolist(), strict=True)]  # fmt: skip
+    rows = [
+        (t.tolist(), p, n)
+        for t, p, n in zip(r.tokens, r.prompt_len.tolist(), r.length.tolist(), strict=True)
+    ]
     want = by_hand(tiny_random, [t[:p] for t, p, _ in rows], [t[p : p + n] for t, p, n in rows])
     assert second.mean_logp(r, micro_batch_tokens).tolist() == pytest.approx(want, abs=1e-5)
 

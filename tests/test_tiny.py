@@ -64,8 +64,10 @@ def test_folder_is_an_ordinary_one(tiny_random):
     assert tokenizer(text)["input_ids"] == tiny.make_tokenizer()(text)["input_ids"]
     model = AutoModelForCausalLM.from_pretrained(tiny_random)
     assert 0.05e6 < model.num_parameters() < 0.3e6
-    sets = {sub: {p.problem for p in load_problems(tiny_random + sub, split)}
-            for sub, split in (("", "train"), ("/hard", "test"))}  # fmt: skip
+    sets = {
+        sub: {p.problem for p in load_problems(tiny_random + sub, split)}
+        for sub, split in (("", "train"), ("/hard", "test"))
+    }
     test = load_problems(tiny_random, "test")
     assert len(test) == tiny.N_TEST and not sets[""] & {p.problem for p in test}
     assert not sets[""] & sets["/hard"]

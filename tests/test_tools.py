@@ -19,8 +19,16 @@ from tools.parts import machine, peers, workload
 # ---- bench
 
 
-SMALL = {"arch": "tiny-random", "prompts": 2, "group": 2, "prompt_tokens": 6, "new_tokens": 9,
-         "updates": 2, "repeats": 1, "device": "cpu"}  # fmt: skip
+SMALL = {
+    "arch": "tiny-random",
+    "prompts": 2,
+    "group": 2,
+    "prompt_tokens": 6,
+    "new_tokens": 9,
+    "updates": 2,
+    "repeats": 1,
+    "device": "cpu",
+}
 
 
 def options(*more):
@@ -66,9 +74,19 @@ def test_bench_lengths_are_forced_and_ragged(capsys):
 
 
 def test_bench_knobs_reach_the_work(capsys):
-    cfg = bench.BenchConfig(arch="tiny-random", prompts=2, group=2, lora_r=3, updates=2,
-                            micro_batch_tokens=1, gradient_checkpointing=True, prompt_tokens=6,
-                            new_tokens=9, rollout_rows=3, rollout_weights="adapter")  # fmt: skip
+    cfg = bench.BenchConfig(
+        arch="tiny-random",
+        prompts=2,
+        group=2,
+        lora_r=3,
+        updates=2,
+        micro_batch_tokens=1,
+        gradient_checkpointing=True,
+        prompt_tokens=6,
+        new_tokens=9,
+        rollout_rows=3,
+        rollout_weights="adapter",
+    )
     device, dtype = torch.device("cpu"), torch.bfloat16
     with workload.weights(cfg, device, dtype) as name:
         step = workload.Step(cfg, device, dtype, name)
@@ -93,8 +111,13 @@ def test_bench_knobs_reach_the_work(capsys):
 @pytest.mark.parametrize("arch", workload.SHAPES)
 def test_bench_shapes_are_models(arch):
     """Their parameters, in millions, as the released models have them; no memory is taken."""
-    millions = {"tiny-random": 0.1, "qwen2-12x768": 218, "qwen2.5-1.5b": 1544,
-                "qwen2.5-7b": 7616, "llama3.2-3b": 3213}  # fmt: skip
+    millions = {
+        "tiny-random": 0.1,
+        "qwen2-12x768": 218,
+        "qwen2.5-1.5b": 1544,
+        "qwen2.5-7b": 7616,
+        "llama3.2-3b": 3213,
+    }
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(workload.model_config(arch))
     model.tie_weights()
@@ -121,8 +144,9 @@ def test_bench_beside_generate_has_the_same_lengths(capsys):
 
 
 def test_generate_as_a_peer_is_forced_and_leaves_the_model_alone():
-    cfg = bench.BenchConfig(arch="tiny-random", prompts=2, group=2, new_tokens=9,
-                            gradient_checkpointing=True)  # fmt: skip
+    cfg = bench.BenchConfig(
+        arch="tiny-random", prompts=2, group=2, new_tokens=9, gradient_checkpointing=True
+    )
     device = torch.device("cpu")
     with workload.weights(cfg, device, torch.float32) as name:
         step = workload.Step(cfg, device, torch.float32, name)
@@ -167,9 +191,13 @@ def test_bench_scaling_extrapolation_and_own_problems(capsys, tiny_random):
     assert result["extrapolated_update_s"] == pytest.approx(6 * result["update_s"])
     assert "extrapolated from this one (not run)" in printed
     result, _ = run_bench(
-        capsys, "--arch=none", f"--model={tiny_random}", f"--data={tiny_random}",
-        "--prompt_tokens=32", "--new_tokens=8",
-    )  # fmt: skip
+        capsys,
+        "--arch=none",
+        f"--model={tiny_random}",
+        f"--data={tiny_random}",
+        "--prompt_tokens=32",
+        "--new_tokens=8",
+    )
     assert 0 < result["response_tokens"] <= 32 and result["reward_s"] > 0
 
 
@@ -245,10 +273,19 @@ def test_sample_shows_base_and_trained_on_the_same_noise(tmp_path, capsys, monke
     monkeypatch.setenv("COLUMNS", "120")
     tokenizer = tiny.make_tokenizer()
     model = tiny.make_model(tokenizer, seed=0)
-    base, folder = tmp_path / "base", write_run(
-        tmp_path / "run", model=str(tmp_path / "base"), quant="none", prompt="none",
-        temperature=1.0, max_new_tokens=12, dtype="float32", eval_data=str(tmp_path / "base"),
-    )  # fmt: skip
+    base, folder = (
+        tmp_path / "base",
+        write_run(
+            tmp_path / "run",
+            model=str(tmp_path / "base"),
+            quant="none",
+            prompt="none",
+            temperature=1.0,
+            max_new_tokens=12,
+            dtype="float32",
+            eval_data=str(tmp_path / "base"),
+        ),
+    )
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
     (base / "test.jsonl").write_text('{"problem": "Start: 7 add 5?", "answer": "2"}\n')

@@ -100,9 +100,11 @@ class Meter:
         self.bar.update()
 
     def report(self, phase: str) -> dict[str, float]:
-        return {f"{phase}_s": median(self.seconds[phase][1:]),
-                f"{phase}_growth_gb": max(self.growth[phase]),
-                f"{phase}_peak_gb": max(self.peak[phase])}  # fmt: skip
+        return {
+            f"{phase}_s": median(self.seconds[phase][1:]),
+            f"{phase}_growth_gb": max(self.growth[phase]),
+            f"{phase}_peak_gb": max(self.peak[phase]),
+        }
 
 
 def bench(cfg: BenchConfig) -> dict:
@@ -122,9 +124,14 @@ def bench(cfg: BenchConfig) -> dict:
         trl_model = load_model(name, cfg.quant, dtype, device) if cfg.peer == "trl" else None
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    result = {**asdict(cfg), "device": device_name(device), "threads": torch.get_num_threads(),
-              "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__,
-              "transformers": transformers.__version__}  # fmt: skip
+    result = {
+        **asdict(cfg),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     if cfg.arch != "none":
         result["model"] = cfg.arch
     bandwidth, flops = ceilings(device, dtype)
@@ -156,8 +163,9 @@ def bench(cfg: BenchConfig) -> dict:
     for phase in phases:
         result |= meter.report(phase)
     if "update" in phases:
-        result["step_s"] = median(map(sum, zip(*(meter.seconds[p][1:] for p in phases),
-                                               strict=True)))  # fmt: skip
+        result["step_s"] = median(
+            map(sum, zip(*(meter.seconds[p][1:] for p in phases), strict=True))
+        )
         result["micro_batch_rows"] = max(len(rows) for mini in step.parts for rows in mini)
     result["response_tokens"] = median(w["tokens"] for w in work[1:])
     for phase in (*phases, *(["step"] if "update" in phases else [])):
@@ -185,8 +193,10 @@ def amount(cfg: BenchConfig, cost: Cost, step: Step, phases: tuple[str, ...]) ->
         forwards = 1 if r.ref_logp is None else 2
         # backward: gradients of activations, and of weights where they are trained
         passes = 2 if cfg.lora_r else 3
-        work |= {"score": (forwards * forward, forwards * read),
-                 "update": (passes * forward, 2 * read)}  # fmt: skip
+        work |= {
+            "score": (forwards * forward, forwards * read),
+            "update": (passes * forward, 2 * read),
+        }
     return work
 
 
@@ -227,10 +237,20 @@ def beside_trl(
     from tools.parts import peers
 
     steps = peers.trl_steps(
-        model, step.tokenizer, step.prompts, cfg.group, step.budgets, even, cfg.updates,
-        cfg.micro_batch_tokens, cfg.lora_r, step.settings.lr, cfg.gradient_checkpointing,
-        cfg.repeats, ours,
-    )  # fmt: skip
+        model,
+        step.tokenizer,
+        step.prompts,
+        cfg.group,
+        step.budgets,
+        even,
+        cfg.updates,
+        cfg.micro_batch_tokens,
+        cfg.lora_r,
+        step.settings.lr,
+        cfg.gradient_checkpointing,
+        cfg.repeats,
+        ours,
+    )
     lengths = [*steps["lengths"], step.rollouts.length.tolist()]
     longest = cfg.prompt_tokens + max(step.budgets)
     B = cfg.prompts * cfg.group
@@ -305,8 +325,17 @@ def extrapolate(cfg: BenchConfig, result: dict) -> dict:
 
 def check(cfg: BenchConfig) -> None:
     """Refuse what cannot be measured (UserError)."""
-    for key in ("prompts", "group", "prompt_tokens", "new_tokens", "min_new", "updates", "repeats",
-                "micro_batch_tokens", "rollout_rows"):  # fmt: skip
+    for key in (
+        "prompts",
+        "group",
+        "prompt_tokens",
+        "new_tokens",
+        "min_new",
+        "updates",
+        "repeats",
+        "micro_batch_tokens",
+        "rollout_rows",
+    ):
         if getattr(cfg, key) < 1:
             raise UserError(f"{key}={getattr(cfg, key)}: must be at least 1")
     B = cfg.prompts * cfg.group
@@ -339,15 +368,21 @@ def check(cfg: BenchConfig) -> None:
 
 
 def print_report(cfg: BenchConfig, result: dict) -> None:
-    print(f"{result['device']}, threads: {result['threads']}; {result['model']}, "
-          f"{result['dtype']}, quant={cfg.quant}, lora_r={cfg.lora_r}")  # fmt: skip
-    print(f"ceilings: {result['ceiling_gb_per_s']:.1f} GB/s, "
-          f"{result['ceiling_gflop_per_s']:,.0f} GFLOP/s")  # fmt: skip
+    print(
+        f"{result['device']}, threads: {result['threads']}; {result['model']}, "
+        f"{result['dtype']}, quant={cfg.quant}, lora_r={cfg.lora_r}"
+    )
+    print(
+        f"ceilings: {result['ceiling_gb_per_s']:.1f} GB/s, "
+        f"{result['ceiling_gflop_per_s']:,.0f} GFLOP/s"
+    )
     lengths = "own lengths" if cfg.data else f"{cfg.lengths} lengths from {cfg.min_new}"
     if cfg.lengths == "equal" or cfg.scaling != "none":
         lengths = "equal lengths"
-    print(f"{cfg.prompts} x {cfg.group} responses of at most {cfg.new_tokens} tokens, {lengths}; "
-          f"prompts of {cfg.prompt_tokens}; median of {cfg.repeats}\n")  # fmt: skip
+    print(
+        f"{cfg.prompts} x {cfg.group} responses of at most {cfg.new_tokens} tokens, {lengths}; "
+        f"prompts of {cfg.prompt_tokens}; median of {cfg.repeats}\n"
+    )
     for kind in ("rows", "length"):
         if f"{kind}_points" in result:
             print(f"{kind:>8}{'seconds':>10}")
@@ -356,8 +391,10 @@ def print_report(cfg: BenchConfig, result: dict) -> None:
             print(f"seconds ~ {kind}^{result[f'{kind}_exponent']:.2f}\n")
     if cfg.scaling != "none":
         return
-    print(f"{'':<8}{'seconds':>10}{'response tokens/s':>20}{'bandwidth':>11}{'arithmetic':>12}"
-          f"{'new GB':>9}{'peak GB':>9}")  # fmt: skip
+    print(
+        f"{'':<8}{'seconds':>10}{'response tokens/s':>20}{'bandwidth':>11}{'arithmetic':>12}"
+        f"{'new GB':>9}{'peak GB':>9}"
+    )
     for phase in ("rollout", *PHASES, "step"):
         if f"{phase}_s" not in result:
             continue
@@ -373,9 +410,11 @@ def print_report(cfg: BenchConfig, result: dict) -> None:
     print(f"peak memory {result['peak_memory_gb']:.2f} GB")
     if cfg.peer != "none":
         name, what = ("transformers generate", "rollout") if cfg.peer == "hf" else ("TRL", "step")
-        print(f"\n{name} {result['peer_version']}: {result['peer_s']:.3f} s against our "
-              f"{result[f'{what}_s']:.3f} s; ratio, median of {cfg.repeats} in turn: "
-              f"{result['ratio']:.2f}")  # fmt: skip
+        print(
+            f"\n{name} {result['peer_version']}: {result['peer_s']:.3f} s against our "
+            f"{result[f'{what}_s']:.3f} s; ratio, median of {cfg.repeats} in turn: "
+            f"{result['ratio']:.2f}"
+        )
         if not result["peer_lengths_equal"]:
             print("warning: the peer's responses have other lengths than ours: no fair comparison")
     if cfg.peer == "trl":
@@ -383,12 +422,16 @@ def print_report(cfg: BenchConfig, result: dict) -> None:
             f"its generate {result['peer_sample_s']:.3f} s, scoring and reward "
             f"{result['peer_score_s']:.3f} s, update and the rest {result['peer_update_s']:.3f} s"
         )
-        print(f"its update: {result['peer_update_growth_gb']:.3f} new GB, micro-batches of "
-              f"{result['peer_micro_batch_rows']} rows; ours, of {result['micro_batch_rows']} or "
-              f"fewer, takes {result['update_growth_ratio']:.2f} of that")  # fmt: skip
+        print(
+            f"its update: {result['peer_update_growth_gb']:.3f} new GB, micro-batches of "
+            f"{result['peer_micro_batch_rows']} rows; ours, of {result['micro_batch_rows']} or "
+            f"fewer, takes {result['update_growth_ratio']:.2f} of that"
+        )
     if cfg.extrapolate:
-        print(f"\na step of {cfg.extrapolate}, extrapolated from this one (not run): "
-              f"{result['extrapolated_step_s']:,.1f} s")  # fmt: skip
+        print(
+            f"\na step of {cfg.extrapolate}, extrapolated from this one (not run): "
+            f"{result['extrapolated_step_s']:,.1f} s"
+        )
 
 
 def main(argv: list[str]) -> None:

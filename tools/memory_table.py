@@ -22,7 +22,7 @@ RECIPES = [
     ("qwen2.5_math_1.5b_paper", ["--rollout_rows=24", "--micro_batch_tokens=4096"], "qwen2.5-1.5b"),
     ("qwen2.5_math_7b", [], "qwen2.5-7b"),
     ("qwen2.5_math_7b", ["--rollout_rows=32"], "qwen2.5-7b"),
-]  # fmt: skip
+]
 CARDS = (8, 12, 16, 24)  # GiB, as they are sold
 BANDWIDTH = 0.85 * 1008e9  # bytes a second
 CONTEXT = 6e8  # bytes that CUDA itself takes; a desktop takes more

@@ -156,9 +156,14 @@ def measure(cfg: NoiseConfig) -> dict:
         model.requires_grad_(True)
     with merged(model):
         g = generate(
-            model, prompts, cfg.group, cfg.max_new_tokens, end_token_ids(model, tokenizer),
-            (TRAIN_NOISE, cfg.seed, 0), cfg.temperature,
-        )  # fmt: skip
+            model,
+            prompts,
+            cfg.group,
+            cfg.max_new_tokens,
+            end_token_ids(model, tokenizer),
+            (TRAIN_NOISE, cfg.seed, 0),
+            cfg.temperature,
+        )
     B, mask = len(g.length), torch.arange(int(g.length.max())) < g.length[:, None]
     direction = signs(model, g, cfg)
     rows = []
@@ -177,12 +182,16 @@ def measure(cfg: NoiseConfig) -> dict:
 
 def table(result: dict) -> str:
     low, high = 1 - result["clip_low"], 1 + result["clip_high"]
-    lines = [f"{'':<16}{'logits':>8}{'sd of log ratio':>18}{'largest':>10}"
-             f"{f'outside [{low:g}, {high:g}]':>22}"]  # fmt: skip
+    lines = [
+        f"{'':<16}{'logits':>8}{'sd of log ratio':>18}{'largest':>10}"
+        f"{f'outside [{low:g}, {high:g}]':>22}"
+    ]
     for row in result["rows"]:
         what = row["what"] if "lr" not in row else f"update {row['lr']:g}"
-        lines.append(f"{what:<16}{row['logits']:>8}{row['sd']:>18.2e}{row['largest']:>10.2e}"
-                     f"{row['outside']:>21.2%} ")  # fmt: skip
+        lines.append(
+            f"{what:<16}{row['logits']:>8}{row['sd']:>18.2e}{row['largest']:>10.2e}"
+            f"{row['outside']:>21.2%} "
+        )
     return "\n".join(lines)
 
 

@@ -127,8 +127,11 @@ def plan(cfg: SweepConfig, argv: Sequence[str]) -> list[Job]:
         if twin != name:
             raise UserError(f"{name} and {twin} are the same configuration: drop one")
     seeds = range(cfg.first_seed, cfg.first_seed + cfg.seeds)
-    return [Job(Path(cfg.out) / name / f"seed{seed}", [*args, f"--seed={seed}"])
-            for seed in seeds for name, args in arms.items()]  # fmt: skip
+    return [
+        Job(Path(cfg.out) / name / f"seed{seed}", [*args, f"--seed={seed}"])
+        for seed in seeds
+        for name, args in arms.items()
+    ]
 
 
 def main(argv: list[str]) -> None:

@@ -76,8 +76,10 @@ def state(job: Job) -> str:
     different = differences(read_config(job.folder), as_saved(job.config))
     for key, (before, value) in different.items():
         if not _settled(key, value, before):
-            raise UserError(f"{job.folder}: holds a run with {key}={before}, not {value}: "
-                            "delete the folder, or name another --out")  # fmt: skip
+            raise UserError(
+                f"{job.folder}: holds a run with {key}={before}, not {value}: "
+                "delete the folder, or name another --out"
+            )
     if read_state(job.folder) is None:
         return "restart"
     repaired = not any(map(stale, trained_weights(job.folder).values()))

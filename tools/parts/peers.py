@@ -117,14 +117,22 @@ def hf_generate(
     for start in range(0, len(rows), max_rows):
         part, ends = rows[start : start + max_rows], budgets[start : start + max_rows]
         config = GenerationConfig(
-            max_new_tokens=max(ends), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-            eos_token_id=END, pad_token_id=END, use_cache=True,
-        )  # fmt: skip
+            max_new_tokens=max(ends),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            eos_token_id=END,
+            pad_token_id=END,
+            use_cache=True,
+        )
         end_at = EndAt(ends, rows.shape[1], own_ends(model), device)
         out = model.generate(
-            part, attention_mask=torch.ones_like(part), generation_config=config,
+            part,
+            attention_mask=torch.ones_like(part),
+            generation_config=config,
             logits_processor=LogitsProcessorList([end_at]),
-        )  # fmt: skip
+        )
         lengths += _lengths(out[:, rows.shape[1] :])
     return lengths
 
@@ -242,15 +250,32 @@ def trl_steps(
 
     with tempfile.TemporaryDirectory() as folder, _quiet(datasets):
         args = GRPOConfig(
-            output_dir=folder, report_to="none", save_strategy="no", logging_strategy="no",
-            disable_tqdm=True, use_cpu=device.type == "cpu", bf16=model.dtype == torch.bfloat16,
-            max_steps=(repeats + 1) * updates, per_device_train_batch_size=rows,
-            gradient_accumulation_steps=B // updates // rows, steps_per_generation=B // rows,
-            num_iterations=1, num_generations=group, max_completion_length=max(budgets),
-            temperature=1.0, top_k=0, top_p=1.0, beta=0.0, loss_type="dapo", learning_rate=lr,
-            lr_scheduler_type="constant", adam_beta2=0.95, max_grad_norm=1.0,
-            gradient_checkpointing=gradient_checkpointing, shuffle_dataset=False,
-        )  # fmt: skip
+            output_dir=folder,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            use_cpu=device.type == "cpu",
+            bf16=model.dtype == torch.bfloat16,
+            max_steps=(repeats + 1) * updates,
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=B // updates // rows,
+            steps_per_generation=B // rows,
+            num_iterations=1,
+            num_generations=group,
+            max_completion_length=max(budgets),
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            beta=0.0,
+            loss_type="dapo",
+            learning_rate=lr,
+            lr_scheduler_type="constant",
+            adam_beta2=0.95,
+            max_grad_norm=1.0,
+            gradient_checkpointing=gradient_checkpointing,
+            shuffle_dataset=False,
+        )
         peft_config = None
         if lora_r:
             peft_config = LoraConfig(
@@ -259,11 +284,15 @@ def trl_steps(
         else:
             model.requires_grad_(True)
         trainer = Trainer(
-            model=model, args=args, processing_class=tokenizer, peft_config=peft_config,
-            reward_funcs=reward_func, callbacks=[InTurn()],
+            model=model,
+            args=args,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+            reward_funcs=reward_func,
+            callbacks=[InTurn()],
             # as many rows as are read: a new epoch would cost TRL a new data loader
             train_dataset=datasets.Dataset.from_dict({"prompt": texts * (repeats + 1)}),
-        )  # fmt: skip
+        )
         trainer.remove_callback(PrinterCallback)  # standard output is the report's
         plain = trainer.model.get_base_model() if lora_r else trainer.model
         generate = plain.generate

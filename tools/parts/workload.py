@@ -38,32 +38,68 @@ if TYPE_CHECKING:
 # Shapes by the released models' config.json; the first two are ours.
 QWEN = dict(model_type="qwen2", rope_theta=1e6, rms_norm_eps=1e-6, max_position_embeddings=32_768)
 SHAPES = {
-    "tiny-random": QWEN | dict(
-        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+    "tiny-random": QWEN
+    | dict(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
     ),
-    "qwen2-12x768": QWEN | dict(
-        vocab_size=151_936, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-        num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=True,
+    "qwen2-12x768": QWEN
+    | dict(
+        vocab_size=151_936,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
     ),
-    "qwen2.5-1.5b": QWEN | dict(
-        vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
-        num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=True,
+    "qwen2.5-1.5b": QWEN
+    | dict(
+        vocab_size=151_936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
     ),
-    "qwen2.5-7b": QWEN | dict(
-        vocab_size=152_064, hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28,
-        num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False,
+    "qwen2.5-7b": QWEN
+    | dict(
+        vocab_size=152_064,
+        hidden_size=3584,
+        intermediate_size=18_944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
     ),
     "llama3.2-3b": dict(
-        model_type="llama", vocab_size=128_256, hidden_size=3072, intermediate_size=8192,
-        num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8, head_dim=128,
-        tie_word_embeddings=True, rms_norm_eps=1e-5, max_position_embeddings=131_072,
-        rope_theta=5e5, rope_scaling=dict(
-            rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        model_type="llama",
+        vocab_size=128_256,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=131_072,
+        rope_theta=5e5,
+        rope_scaling=dict(
+            rope_type="llama3",
+            factor=32.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
             original_max_position_embeddings=8192,
         ),
     ),
-}  # fmt: skip
+}
 SPREAD = 0.6  # sigma of the log-normal lengths; their median is a third of the longest
 
 
@@ -92,9 +128,12 @@ def model_config(arch: str) -> transformers.PretrainedConfig:
     neither uniform nor one token for ever."""
     shape = dict(SHAPES[arch])
     return transformers.AutoConfig.for_model(
-        shape.pop("model_type"), **shape, initializer_range=shape["hidden_size"] ** -0.5,
-        bos_token_id=None, eos_token_id=0,
-    )  # fmt: skip
+        shape.pop("model_type"),
+        **shape,
+        initializer_range=shape["hidden_size"] ** -0.5,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
 
 
 def draw_lengths(n: int, least: int, most: int, kind: str, seed: int) -> list[int]:
@@ -134,16 +173,23 @@ class Step:
         if cfg.gradient_checkpointing:
             checkpoint_activations(self.model)
         self.settings = Config(
-            lr=1e-6, lora_r=cfg.lora_r,
+            lr=1e-6,
+            lora_r=cfg.lora_r,
             base_every=1 if cfg.reference else 10**9,  # the log's KL, at the price of a forward
-            updates_per_step=cfg.updates, prompts_per_step=cfg.prompts,
-            group_size=cfg.group, max_new_tokens=cfg.new_tokens, rollout_rows=cfg.rollout_rows,
-            micro_batch_tokens=cfg.micro_batch_tokens, seed=cfg.seed,
-        )  # fmt: skip
+            updates_per_step=cfg.updates,
+            prompts_per_step=cfg.prompts,
+            group_size=cfg.group,
+            max_new_tokens=cfg.new_tokens,
+            rollout_rows=cfg.rollout_rows,
+            micro_batch_tokens=cfg.micro_batch_tokens,
+            seed=cfg.seed,
+        )
         self.optimizer = torch.optim.AdamW(
-            trainable(self.model).values(), self.settings.lr, self.settings.adam_betas,
+            trainable(self.model).values(),
+            self.settings.lr,
+            self.settings.adam_betas,
             weight_decay=0.0,
-        )  # fmt: skip
+        )
         self.items = None
         if cfg.data:
             self.tokenizer = load_tokenizer(name)
@@ -168,8 +214,16 @@ class Step:
         noise = (TRAIN_NOISE, self.cfg.seed, self.number)
         no_end = [-1]  # cannot be sampled
         with decode_with(self.model, self.cfg.rollout_weights):  # writing them is in the time
-            return generate(self.model, prompts, group, most, no_end, noise,
-                            max_rows=self.cfg.rollout_rows, **ragged)  # fmt: skip
+            return generate(
+                self.model,
+                prompts,
+                group,
+                most,
+                no_end,
+                noise,
+                max_rows=self.cfg.rollout_rows,
+                **ragged,
+            )
 
     def rollout(self) -> list[int]:
         """Sampling alone, without text, which is what a peer's generate does; the lengths."""
@@ -188,9 +242,17 @@ class Step:
         text = decode(self.tokenizer, out.tokens, out.prompt_len, out.length)
         B = len(text)
         self.rollouts = Rollouts(
-            out.tokens, out.prompt_len, out.length, text, [Problem("", "", "")] * B, out.finished,
-            self.cfg.group, self.cfg.seed, self.number, sampler_logp=out.sampler_logp,
-        )  # fmt: skip
+            out.tokens,
+            out.prompt_len,
+            out.length,
+            text,
+            [Problem("", "", "")] * B,
+            out.finished,
+            self.cfg.group,
+            self.cfg.seed,
+            self.number,
+            sampler_logp=out.sampler_logp,
+        )
 
     def score(self) -> None:
         r, cfg = self.rollouts, self.cfg
