@@ -22,19 +22,14 @@ from transformers import PreTrainedTokenizerBase
 import grading
 from data import Problem, prepare
 from engine import EVAL_NOISE, generate
+from harness.adapters import load_adapter
 from harness.configurator import configure
 from harness.errors import UserError, run
+from harness.loading import check_positions, choose_device, load_model, load_tokenizer
 from harness.partial import Kept, fingerprint
 from harness.progress import Progress
 from harness.runfiles import over_its_base, read_config, save_rows, stale, trained_weights
-from lora import load_adapter
-from model import (
-    check_positions,
-    choose_device,
-    end_token_ids,
-    load_model,
-    load_tokenizer,
-)
+from model import end_token_ids
 from tasks import labels, tiny
 from tasks.datasets import load_completions, load_problems, subset
 from tasks.labels import LabelBy

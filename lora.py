@@ -1,17 +1,12 @@
 """LoRA: the adapter layer, the base model under it, merged weights, and PEFT's format on disk."""
 
-import json
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from harness.errors import UserError
@@ -153,133 +148,3 @@ def weights_address(model: nn.Module) -> tuple:
         (x.enabled, x.use_merged, None if x.merged_weight is None else x.merged_weight.data_ptr())
         for x in layers
     )
-
-
-# ---------------------------------------------------------------------------------------- on disk
-
-
-def save_tensors(
-    tensors: dict[str, torch.Tensor], path: Path, metadata: dict | None = None
-) -> None:
-    """Write a safetensors file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    tensors = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
-    try:
-        save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
-        os.replace(temporary, path)
-    except SafetensorError as error:  # its name for a full disk, among others
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written: {error}") from error
-
-
-def save_adapter(model: nn.Module, folder: Path | str, base: str) -> None:
-    """Save the adapter in PEFT's format: adapter_config.json and adapter_model.safetensors."""
-    layers = lora_layers(model)
-    first = next(iter(layers.values()))
-    folder = Path(folder)
-    tensors = {}
-    for name, layer in layers.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A
-        tensors[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B
-    save_tensors(tensors, folder / "adapter_model.safetensors")
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": first.r,
-        "lora_alpha": first.alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "inference_mode": True,
-        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
-    }
-    temporary = folder / "adapter_config.json.tmp"
-    temporary.write_text(json.dumps(config, indent=1) + "\n")
-    os.replace(temporary, folder / "adapter_config.json")
-
-
-# What an adapter_config.json of a plain LoRA may say. None: anything, since it does not change the
-# adapter's result. Any other option must be absent or empty.
-PLAIN_LORA: dict[str, tuple | None] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    # These initialise the adapter and leave the base weights alone; PiSSA and others change them.
-    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
-    "megatron_core": None,
-    "qalora_group_size": None,
-    "base_model_name_or_path": None,
-    "revision": None,
-    "task_type": ("CAUSAL_LM",),
-    "auto_mapping": None,
-    "inference_mode": None,
-    "peft_version": None,
-    "r": None,
-    "lora_alpha": None,
-    "lora_dropout": None,
-    "target_modules": None,
-    "exclude_modules": None,
-    "layers_to_transform": None,
-    "layers_pattern": None,
-}
-
-
-def _unknown_options(config: dict) -> str:
-    """The options that a plain LoRA does not have, as text; "" where there are none."""
-    odd = []
-    for key, value in config.items():
-        known = PLAIN_LORA.get(key, ())
-        empty = value in (None, False, "", [], {}) and key not in ("init_lora_weights", "peft_type")
-        if known is not None and not empty and value not in known:
-            odd.append(f"{key}={value!r}"[:80])
-    if config.get("peft_type") != "LORA":
-        odd.append(f"peft_type={config.get('peft_type')!r}"[:80])
-    if type(config.get("r")) is not int or config["r"] < 1:
-        odd.append(f"r={config.get('r')!r}"[:80])
-    if not isinstance(config.get("lora_alpha"), int | float):
-        odd.append(f"lora_alpha={config.get('lora_alpha')!r}"[:80])
-    return ", ".join(dict.fromkeys(odd))
-
-
-def load_adapter(model: nn.Module, folder: Path | str) -> None:
-    """Add an adapter in PEFT's format to a model that has none.
-
-    Raises UserError if the folder holds no adapter, one of another model, or one with options that
-    a plain LoRA does not have.
-    """
-    folder = Path(folder)
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{folder}: no adapter here (adapter_config.json and adapter_model.safetensors)"
-        ) from error
-    except (ValueError, OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: the adapter cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{folder}: adapter_config.json is not a JSON object")
-    if odd := _unknown_options(config):
-        raise UserError(f"{folder}: not a plain LoRA adapter: {odd}")
-    if not tensors:
-        raise UserError(f"{folder}: adapter_model.safetensors holds no weights")
-    add_lora(model, config["r"], config["lora_alpha"])
-    for name, layer in lora_layers(model).items():
-        keys = [f"base_model.model.{name}.{part}.weight" for part in ("lora_A", "lora_B")]
-        if (keys[0] in tensors) != (keys[1] in tensors):
-            raise UserError(f"{folder}: {name} has only one of lora_A and lora_B")
-        for part, key in zip(("lora_A", "lora_B"), keys, strict=True):
-            value = tensors.pop(key, None)
-            parameter = getattr(layer, part)
-            if value is None:  # a layer that this adapter leaves alone
-                parameter.data.zero_()
-            elif value.shape != parameter.shape:
-                raise UserError(
-                    f"{folder}: {name}.{part} is {tuple(value.shape)}, the model wants "
-                    f"{tuple(parameter.shape)}: an adapter of another model?"
-                )
-            else:
-                parameter.data.copy_(value)
-    if tensors:
-        raise UserError(f"{folder}: {next(iter(tensors))} has no place in this model")

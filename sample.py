@@ -19,10 +19,11 @@ from engine import EVAL_NOISE, decode, generate
 from eval import load_for_eval
 from harness.configurator import configure
 from harness.errors import UserError, run
+from harness.loading import load_model
 from harness.progress import Progress
 from harness.runfiles import over_its_base, read_config, stale, trained_weights
 from lora import adapter_off
-from model import end_token_ids, load_model
+from model import end_token_ids
 from tasks import tiny
 from tasks.datasets import load_problems
 

@@ -45,6 +45,7 @@ from harness.checkpoint import RunFolder
 from harness.configurator import configure, format_config
 from harness.errors import UserError, run
 from harness.expressions import Reward
+from harness.loading import check_positions, choose_device, load_model, load_tokenizer
 from harness.memory import DecodeWeights, decode_with, peak_memory, phase, settle
 from harness.progress import Progress
 from harness.scale import choose_scale
@@ -52,17 +53,7 @@ from harness.second_model import SecondModel, default_second_model
 from harness.stopping import LastStep, StopOnSignal
 from lora import adapter_off, add_lora, trainable
 from metrics import describe, describe_clip, sample_log, summary_table
-from model import (
-    TokenStats,
-    check_positions,
-    checkpoint_activations,
-    choose_device,
-    end_token_ids,
-    load_model,
-    load_tokenizer,
-    rounding_error,
-    token_stats,
-)
+from model import TokenStats, checkpoint_activations, end_token_ids, rounding_error, token_stats
 from settings import (
     Config,
     can_clip,

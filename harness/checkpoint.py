@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from harness.adapters import save_adapter, save_tensors
 from harness.errors import UserError
 from harness.runfiles import (
     RECORD,
@@ -38,7 +39,7 @@ from harness.runfiles import (
     save_rows,
     write_json,
 )
-from lora import lora_layers, save_adapter, save_tensors, trainable
+from lora import lora_layers, trainable
 
 # What a run without a checkpoint leaves behind. The completions of an unfinished eval
 # (eval/*.progress) stay in place: the same eval goes on with them.

@@ -16,8 +16,9 @@ from torch import nn
 
 from engine import PREFILL_TOKENS, TRAIN_NOISE, decode_setup, drop_slots, generate
 from harness.errors import UserError
+from harness.loading import EXPANDED_ATTENTION
 from lora import computation_dtype, lora_layers, merged, trainable
-from model import EXPANDED_ATTENTION, LOGITS_CHUNK, head, token_stats
+from model import LOGITS_CHUNK, head, token_stats
 from settings import Config
 
 # What decoding multiplies by: a merged copy that stays, one that is dropped after each use, or the

@@ -5,7 +5,8 @@ from transformers import PreTrainedTokenizerBase
 
 from data import Rollouts, partition, render
 from harness.errors import UserError
-from model import load_model, load_tokenizer, token_stats
+from harness.loading import load_model, load_tokenizer
+from model import token_stats
 
 
 def default_second_model(model: str) -> str:

@@ -286,7 +286,7 @@ def build(family: str, folder: Path, seed: int = 0, steps: int = TRAIN_STEPS) ->
 def build_labels(world: Path, data: Path, seed: int = 0, desc: str = "labels") -> None:
     """Make data/labels: the first problems of data's train.jsonl with majority labels by the base
     model of the folder world, and data's test.jsonl."""
-    from model import load_model, load_tokenizer
+    from harness.loading import load_model, load_tokenizer
     from tasks import labels  # here, since no other use of the tiny world needs an engine
 
     model, tokenizer = load_model(str(world)), load_tokenizer(str(world))

@@ -14,8 +14,9 @@ from decoding.sampling import sample, uniforms
 from decoding.slots import DecodeSetup, capture
 from engine import TRAIN_NOISE, generate
 from harness.errors import UserError
+from harness.loading import choose_device, load_model, load_tokenizer
 from lora import adapter_off, add_lora, lora_layers, merged, trainable
-from model import checkpoint_activations, choose_device, load_model, load_tokenizer, token_stats
+from model import checkpoint_activations, token_stats
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [20], [30, 31, 32, 33]]
 NOISE = (TRAIN_NOISE, 0, 1)

@@ -9,7 +9,7 @@ import eval as evaluation
 from data import prepare
 from eval import Sampling
 from harness.errors import UserError
-from model import load_model, load_tokenizer
+from harness.loading import load_model, load_tokenizer
 from tasks.datasets import load_completions, load_problems
 
 

@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from decoding.slots import DecodeSetup
 from engine import TRAIN_NOISE, generate
+from harness.loading import load_model
 from lora import add_lora, merged, trainable
-from model import load_model, token_stats
+from model import token_stats
 from settings import Config
 from tasks import tiny
 from train import train

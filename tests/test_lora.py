@@ -8,8 +8,10 @@ import torch
 from conftest import batch
 
 from engine import TRAIN_NOISE, generate
-from lora import adapter_off, add_lora, load_adapter, lora_layers, merged, save_adapter, trainable
-from model import load_model, token_stats
+from harness.adapters import load_adapter, save_adapter
+from harness.loading import load_model
+from lora import adapter_off, add_lora, lora_layers, merged, trainable
+from model import token_stats
 
 QUANTS = [
     ("none", torch.float32),

@@ -16,12 +16,13 @@ from decoding.slots import DecodeSetup
 from harness import memory
 from harness import scale as scales
 from harness.errors import UserError
+from harness.loading import load_model
 from harness.memory import largest_micro_batch, plan, worst_case
 from harness.runfiles import read_config
 from harness.scale import choose_scale
 from harness.shapes import meta_model
 from lora import add_lora, lora_layers, merged, trainable
-from model import _chunk_stats, backbone, checkpoint_activations, head, load_model, token_stats
+from model import _chunk_stats, backbone, checkpoint_activations, head, token_stats
 from settings import Config, check
 from tools import memory_table
 from train import train

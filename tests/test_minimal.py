@@ -11,7 +11,7 @@ import grpo
 import minimal
 import train as trainer
 from data import partition
-from model import load_model, load_tokenizer
+from harness.loading import load_model, load_tokenizer
 from tasks.datasets import load_problems
 
 

@@ -11,25 +11,11 @@ import grpo
 import model as model_module
 from decoding import slots
 from engine import TRAIN_NOISE, generate
+from harness.adapters import load_adapter, save_adapter
 from harness.errors import UserError
-from lora import (
-    adapter_off,
-    add_lora,
-    load_adapter,
-    lora_layers,
-    save_adapter,
-    trainable,
-)
-from model import (
-    EXPANDED_ATTENTION,
-    checkpoint_activations,
-    end_token_ids,
-    load_model,
-    load_tokenizer,
-    logits,
-    token_stats,
-    turn_end_ids,
-)
+from harness.loading import EXPANDED_ATTENTION, load_model, load_tokenizer
+from lora import adapter_off, add_lora, lora_layers, trainable
+from model import checkpoint_activations, end_token_ids, logits, token_stats, turn_end_ids
 
 FAMILIES = ("qwen2", "llama", "olmo2")
 QUANTS = [

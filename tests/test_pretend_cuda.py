@@ -9,7 +9,7 @@ import train as trainer
 from decoding import slots
 from decoding.slots import DecodeSetup
 from engine import TRAIN_NOISE, generate
-from model import load_model
+from harness.loading import load_model
 from settings import Config
 
 PROMPTS = [[5, 6, 7, 8], [9, 10]]

@@ -23,12 +23,13 @@ import eval as evaluation
 import rewards
 import sample
 import train as trainer
+from harness.adapters import load_adapter, save_adapter
 from harness.configurator import PROJECT
 from harness.errors import UserError, run
+from harness.loading import load_model, load_tokenizer
 from harness.runfiles import read_jsonl, read_record, read_state
 from harness.stopping import StopOnSignal
-from lora import add_lora, load_adapter, save_adapter
-from model import load_model, load_tokenizer
+from lora import add_lora
 from train import train
 
 

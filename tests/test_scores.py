@@ -11,8 +11,9 @@ import rewards
 import train as trainer
 from data import Problem, Rollouts
 from harness import configurator
+from harness.loading import load_model
 from lora import add_lora
-from model import load_model, rounding_error
+from model import rounding_error
 from settings import Config, check
 from train import train
 

@@ -6,8 +6,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data import Problem, Rollouts
 from harness.errors import UserError
+from harness.loading import load_tokenizer
 from harness.second_model import SecondModel
-from model import load_tokenizer
 from tasks import tiny
 
 PROBLEMS = ["Start: 3 add 4?", "Start: 5 times 2 minus 1?"]

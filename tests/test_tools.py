@@ -10,8 +10,9 @@ from test_figures import write_run
 from transformers import AutoModelForCausalLM
 
 import sample
+from harness.adapters import save_adapter
 from harness.errors import UserError
-from lora import add_lora, lora_layers, save_adapter
+from lora import add_lora, lora_layers
 from tasks import tiny
 from tools import bench
 from tools.parts import machine, peers, workload

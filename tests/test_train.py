@@ -14,10 +14,11 @@ from data import Problem, Rollouts, partition
 from harness import configurator
 from harness.checkpoint import RunFolder
 from harness.errors import UserError
+from harness.loading import load_model
 from harness.runfiles import read_jsonl
 from harness.scale import choose_scale
 from lora import add_lora, lora_layers, trainable
-from model import load_model, token_stats
+from model import token_stats
 from settings import (
     Config,
     check,

@@ -32,7 +32,7 @@ from decoding.slots import DecodeSetup
 from harness import memory
 from harness.configurator import configure
 from harness.errors import UserError, run
-from model import choose_device, load_model
+from harness.loading import choose_device, load_model
 from tools.parts.machine import Cost, PeakMemory, ceilings, device_name, exponent, seconds
 from tools.parts.workload import SHAPES, Step, even, weights
 

@@ -32,8 +32,9 @@ from engine import TRAIN_NOISE, Generation, generate
 from eval import check_positions, choose_device
 from harness.configurator import configure
 from harness.errors import UserError, run
+from harness.loading import load_model, load_tokenizer
 from lora import add_lora, merged, trainable
-from model import TokenStats, end_token_ids, load_model, load_tokenizer, token_stats
+from model import TokenStats, end_token_ids, token_stats
 from tasks import tiny
 
 PROBLEMS = (

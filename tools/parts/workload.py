@@ -19,15 +19,10 @@ import rewards
 import train
 from data import Problem, Rollouts, partition, prepare
 from engine import TRAIN_NOISE, Generation, decode, generate
+from harness.loading import check_positions, load_model, load_tokenizer
 from harness.memory import decode_with
 from lora import add_lora, trainable
-from model import (
-    check_positions,
-    checkpoint_activations,
-    load_model,
-    load_tokenizer,
-    rounding_error,
-)
+from model import checkpoint_activations, rounding_error
 from settings import Config
 from tasks import tiny
 from tasks.datasets import load_problems
