@@ -1,5 +1,6 @@
 # make demo       GRPO with four rewards on the tiny world, one figure, one table
 # make test       ruff and the test suite
+# make quick      the quick tests, in under a minute
 # make test-gpu   the tests that need CUDA
 # make bench      time the phases of a step on the tiny world
 #
@@ -10,7 +11,7 @@ PIP_ARGS ?=
 BIN = .venv/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS)
 
-.PHONY: demo test test-gpu bench clean
+.PHONY: demo test quick test-gpu bench clean
 
 demo: .venv/installed
 	$(BIN)/python -m tools.demo
@@ -19,6 +20,9 @@ test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+quick: .venv/installed-test
+	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-gpu: .venv/installed-test
 	$(BIN)/python -m pytest -m gpu -s

@@ -37,6 +37,7 @@ class Problem:
     id: str
     subject: str = ""
     level: str = ""  # "5", however the source writes it
+    kind: str = "math"  # what a right answer is: tasks/answers.py
     label: str = ""  # the majority answer of a base model (eval.py --labels), "" = none made
 
 

@@ -30,7 +30,7 @@ from harness.partial import Kept, fingerprint
 from harness.progress import Progress
 from harness.runfiles import over_its_base, read_config, save_rows, stale, trained_weights
 from model import end_token_ids
-from tasks import labels, tiny
+from tasks import answers, labels, tiny
 from tasks.datasets import load_completions, load_problems, subset
 from tasks.labels import LabelBy
 
@@ -198,8 +198,8 @@ def _graded(items: Items, kept: Kept) -> list[dict]:
     """The rows of an eval, graded in one batch."""
     done = [kept.rows[i] for i in range(len(items))]
     texts = [text for row in done for text in row["completions"]]
-    golds = [p.answer for (p, _), row in zip(items, done, strict=True) for _ in row["completions"]]
-    correct = iter(grading.correct(texts, golds))
+    asked = [p for (p, _), row in zip(items, done, strict=True) for _ in row["completions"]]
+    correct = iter(answers.correct(texts, asked))
     return [
         {
             "problem": problem.problem,

@@ -12,6 +12,7 @@ import grpo
 import rewards
 from data import Rollouts
 from harness.expressions import Reward
+from tasks import answers
 
 
 def describe(
@@ -31,7 +32,7 @@ def describe(
     asked.
     """
     tokens = r.length.sum().item()
-    correct = torch.tensor(grading.correct(r.text, [p.answer for p in r.problem]))
+    correct = torch.tensor(answers.correct(r.text, r.problem))
     length = r.length.float()
     gap = (r.sampler_logp - r.old_logp).abs()
     trained = summarize_reward(reward, correct, r.group_size)
@@ -129,7 +130,7 @@ def sample_log(
             "response": r.text[i],
             "reward": reward[i].item(),
             "advantage": advantage[i].item(),
-            "correct": bool(grading.correct([r.text[i]], [r.problem[i].answer])[0]),
+            "correct": answers.correct([r.text[i]], [r.problem[i]])[0],
         }
         for i in rows
     ]

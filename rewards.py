@@ -34,6 +34,7 @@ from torch import Tensor
 import grading
 from harness import expressions
 from harness.expressions import Entry, Reward
+from tasks import answers
 
 RANDOM = 201  # first key of the random reward's stream: no other use of the seed shares it
 REGISTRY: dict[str, Entry] = {}
@@ -79,7 +80,7 @@ def _float(values: Iterable[float]) -> Tensor:
 
 @reward(formula="1 if the last box is equivalent to the gold answer", source="SR")
 def ground_truth(rollouts) -> Tensor:
-    return _float(grading.correct(rollouts.text, [p.answer for p in rollouts.problem]))
+    return _float(answers.correct(rollouts.text, rollouts.problem))
 
 
 @reward(
@@ -90,7 +91,7 @@ def ground_truth(rollouts) -> Tensor:
 )
 def majority(rollouts, label: Literal["offline", "online"] = "offline") -> Tensor:
     if label == "offline":
-        return _float(grading.correct(rollouts.text, rollouts.label))
+        return _float(answers.correct(rollouts.text, rollouts.problem, rollouts.label))
     cluster, prompt = _clusters(rollouts), rollouts.prompt_index
     # The largest cluster of each group; of equal ones the first to appear, as its number is less.
     rank = _sizes(cluster) * (len(cluster) + 1) - cluster  # [B]
@@ -115,11 +116,10 @@ def incorrect(rollouts) -> Tensor:
     source="SRT 2505.21444",
 )
 def soft_majority(rollouts) -> Tensor:
+    found = answers.found(rollouts.text, rollouts.problem)
     keys = [
-        None
-        if (answer := grading.last_boxed(text)) is None
-        else (prompt, grading.normalize(answer))
-        for text, prompt in zip(rollouts.text, rollouts.prompt_index.tolist(), strict=True)
+        None if answer is None else (prompt, grading.normalize(answer))
+        for answer, prompt in zip(found, rollouts.prompt_index.tolist(), strict=True)
     ]
     first = {key: row for row, key in reversed(list(enumerate(keys)))} | {None: -1}
     return _sizes(torch.tensor([first[key] for key in keys])) / _group_size(rollouts)
@@ -136,9 +136,9 @@ def semantic_entropy(rollouts) -> Tensor:
 def _clusters(rollouts) -> Tensor:
     """int64 [B]: the first row of the group with an equivalent answer, -1 without an answer."""
     if rollouts.cluster is None:  # several rewards ask
-        answers = [grading.last_boxed(text) for text in rollouts.text]
-        found = grading.clusters(answers, rollouts.prompt_index.tolist())
-        rollouts.cluster = torch.tensor(found)
+        found = answers.found(rollouts.text, rollouts.problem)
+        clusters = grading.clusters(found, rollouts.prompt_index.tolist())
+        rollouts.cluster = torch.tensor(clusters)
     return rollouts.cluster
 
 
@@ -157,7 +157,8 @@ def _group_size(rollouts) -> Tensor:
 
 @reward(formula=r"1 if the response's last \boxed{} is not empty", source="SR")
 def format(rollouts) -> Tensor:
-    return _float(grading.last_boxed(text) is not None for text in rollouts.text)
+    found = answers.found(rollouts.text, rollouts.problem)
+    return _float(answer is not None for answer in found)
 
 
 @reward(

@@ -34,6 +34,7 @@ from grading.spelling import lenient_answer
 from harness.errors import UserError
 from harness.progress import Progress
 from model import end_token_ids
+from tasks.answers import found
 
 LabelBy = Literal["equivalence", "string"]
 Items = list[tuple[Problem, list[int]]]  # problems and their prompts' token ids
@@ -158,7 +159,7 @@ def label(
                 range(start, start + len(part)),
             )
             texts = decode(tokenizer, out.tokens, out.prompt_len, out.length)
-            flat = [grading.last_boxed(text) for text in texts]
+            flat = found(texts, [p for p, _ in part for _ in range(samples)])
             answers = [flat[i : i + samples] for i in range(0, len(flat), samples)]
             yield label_rows([problem for problem, _ in part], answers)
 

@@ -217,6 +217,7 @@ def test_hub_rows_without_an_answer_are_left_out_and_counted(monkeypatch, capsys
     assert "no answer" in refused(load_problems, "x/y", "train")
 
 
+@pytest.mark.slow
 def test_importing_data_does_not_import_datasets_or_transformers():
     code = "import sys, data; print([m for m in ('datasets', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -519,6 +520,7 @@ def test_no_two_uses_share_a_stream():
 # ---- generated arithmetic, SVAMP, numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name,operations", [("arithmetic", 2), ("arithmetic_5", 5)])
 def test_arithmetic_is_right_the_same_everywhere_and_disjoint(name, operations):
     train, test = load_problems(name, "train"), load_problems(name, "test")

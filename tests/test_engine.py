@@ -18,6 +18,8 @@ from harness.loading import choose_device, load_model, load_tokenizer
 from lora import adapter_off, add_lora, lora_layers, merged, trainable
 from model import checkpoint_activations, token_stats
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [20], [30, 31, 32, 33]]
 NOISE = (TRAIN_NOISE, 0, 1)
 

@@ -64,6 +64,7 @@ def test_completions_are_graded_and_disagreements_named(tmp_path, capsys):
     assert last["lenient_accuracy"] == pytest.approx(2 / 3)  # prose counts there, and only there
 
 
+@pytest.mark.slow
 def test_real_completions_agree_with_their_graders(shared, capsys):
     """The strict rule on real text: at least 98 % (docs/GRADING.md lists and judges the rest)."""
     file = shared / "data" / "completions" / "qwen3_4b_base_math500.jsonl"
@@ -72,6 +73,7 @@ def test_real_completions_agree_with_their_graders(shared, capsys):
     assert last["n"] == 500 and last["agreement"] >= 0.98
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_the_batch(tiny_random):
     """The fault: evals that change with the batch size."""
     model, tokenizer = load_model(tiny_random), load_tokenizer(tiny_random)

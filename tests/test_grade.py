@@ -430,6 +430,7 @@ def near_misses(rng: random.Random) -> list[tuple[str, str]]:
     return pairs
 
 
+@pytest.mark.slow
 def test_no_generated_near_miss_is_accepted(grader):
     pairs = near_misses(random.Random(0))
     assert len(set(pairs)) >= 300
@@ -437,6 +438,7 @@ def test_no_generated_near_miss_is_accepted(grader):
     assert [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict] == []
 
 
+@pytest.mark.slow
 def test_choice_letters_are_answers_like_any_other(grader):
     """No label, A to D or other, switches on another rule; a letter in prose is no answer."""
     for gold in ("A", "C", "E", "x"):
@@ -680,6 +682,7 @@ def wrong_answers(gold: str) -> dict[str, list[str]]:
 TINY = r"\sqrt{2}-%d^{-%d}"
 
 
+@pytest.mark.slow
 def test_no_wrong_answer_is_accepted(golds, grader):
     kinds = {}
     for gold in golds:
@@ -806,6 +809,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.slow
 def test_hostile_batch_leaves_the_other_rows_right():
     """As whole texts and on another thread, as a trainer may call it."""
     assert len(HOSTILE) == 20
@@ -848,6 +852,7 @@ def test_limits_come_before_sympy(monkeypatch):
     assert asked == []
 
 
+@pytest.mark.slow
 def test_worker_killed_from_outside():
     with Grader(workers=1) as grader:
         assert grader.grade(["n+1"], ["1+n"]) == [True]
@@ -863,6 +868,7 @@ def test_worker_killed_from_outside():
         assert grader.errors == 2 and grader.timeouts == 0
 
 
+@pytest.mark.slow
 def test_worker_killed_while_it_computes():
     with Grader(workers=1, timeout=2.0) as grader:
         grader.warm_up()
@@ -871,6 +877,7 @@ def test_worker_killed_while_it_computes():
         assert (grader.errors, grader.timeouts) == (1, 1)  # killed, asked again, too slow
 
 
+@pytest.mark.slow
 def test_close_leaves_no_process_and_grade_starts_anew():
     grader = Grader(workers=1)
     assert grader.grade(["n+1"], ["1+n"]) == [True]
@@ -882,6 +889,7 @@ def test_close_leaves_no_process_and_grade_starts_anew():
     grader.close()
 
 
+@pytest.mark.slow
 def test_workers_die_with_a_killed_parent():
     code = (
         "import grading, os, signal, sys\n"
@@ -955,6 +963,7 @@ def test_parser_builds_what_math_verify_builds(golds):
         assert sympy.srepr(symbolic._parse(text).tree) == sympy.srepr(theirs), text
 
 
+@pytest.mark.slow
 def test_1024_different_symbolic_pairs(grader):
     forms = [form for form, _, right in GOOD if right] + ["x^2-2x+1+%d", r"%d\sqrt{2}+\pi"]
     same = [form for _, form, right in GOOD if right] + ["(x-1)^2+%d", r"\pi+%d\cdot\sqrt 2"]

@@ -27,6 +27,8 @@ from settings import Config, check
 from tools import memory_table
 from train import train
 
+pytestmark = pytest.mark.slow
+
 
 class Live(TorchDispatchMode):
     """Bytes of the tensors made inside that are alive, and the most there were."""

@@ -15,6 +15,7 @@ from harness.loading import load_model, load_tokenizer
 from tasks.datasets import load_problems
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", ["both", "off"])
 def test_the_page_makes_the_update_of_train(tiny_random, tmp_path, clip):
     """On the same rollouts, in fp32, weight by weight to 1e-6 and in the clip fraction."""
@@ -53,6 +54,7 @@ def test_the_page_makes_the_update_of_train(tiny_random, tmp_path, clip):
         assert (weight - before[name]).abs().max() > 1e-5
 
 
+@pytest.mark.slow
 def test_the_page_runs(tiny_random, monkeypatch, capsys):
     monkeypatch.setattr(minimal.tiny, "resolve", lambda name: tiny_random)
     monkeypatch.setattr(minimal, "STEPS", 2)

@@ -414,6 +414,7 @@ def test_a_response_ends_at_what_the_template_puts_behind_a_turn(model_folders, 
     assert set(end_token_ids(model, tokenizer)) == expected
 
 
+@pytest.mark.slow
 def test_turn_ends_of_real_tokenizers(shared, model_folders):
     qwen = AutoTokenizer.from_pretrained(shared / "tokenizers" / "qwen2.5")
     assert qwen.convert_ids_to_tokens(turn_end_ids(qwen)) == ["<|im_end|>"]
@@ -433,6 +434,7 @@ def test_no_end_token_at_all_is_refused(model_folders):
         end_token_ids(model, made_up(None))
 
 
+@pytest.mark.slow
 def test_qwen_ends_at_both_tokens(shared, model_folders):
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "qwen2.5")
     model = load_model(model_folders["llama"])

@@ -21,6 +21,8 @@ from model import backbone, head, token_stats
 from tools import memory_table
 from tools.parts.workload import model_config
 
+pytestmark = pytest.mark.slow
+
 
 def meta(*shape, dtype=torch.bfloat16):
     return torch.empty(*shape, dtype=dtype, device="meta")

@@ -12,6 +12,8 @@ from engine import TRAIN_NOISE, generate
 from harness.loading import load_model
 from settings import Config
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [[5, 6, 7, 8], [9, 10]]
 
 

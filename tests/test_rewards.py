@@ -260,6 +260,7 @@ def test_random_has_its_mean_and_no_correlation_between_neighbours(p):
     assert abs(together - p * p) <= 6 * standard_error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [0.001, 0.5])
 def test_random_over_100_000_draws(p):
     """Mean within 4 standard errors; independent of length and of what the text says."""
@@ -386,6 +387,7 @@ def test_a_new_reward_is_one_function(registry):
         rewards.reward(formula="", source="")(holds)
 
 
+@pytest.mark.slow
 def test_the_readmes_reward_in_a_copy_of_the_project(tmp_path, tiny_random):
     """As a reader would: its lines behind rewards.py, its name in a config file, one run."""
     readme = (PROJECT / "README.md").read_text()

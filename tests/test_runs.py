@@ -32,6 +32,8 @@ from harness.stopping import StopOnSignal
 from lora import add_lora
 from train import train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def small(tiny_random, tmp_path):

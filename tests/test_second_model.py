@@ -82,6 +82,7 @@ def test_another_vocabulary_reads_the_text(shared, policy_tokenizer):
     assert second.mean_logp(r, 100).tolist() == pytest.approx(want, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_second_without_the_prompts_chat_template_is_refused(tiny_random, shared):
     with pytest.raises(UserError, match="no chat template"):
         SecondModel(

@@ -257,6 +257,7 @@ save_file({}, folder / "state.safetensors", {"steps_done": "1"})
 """
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_resumes_is_kept_and_grows(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(jobs, "PROJECT", tmp_path)  # its train.py takes no time
     monkeypatch.setattr(jobs.tiny, "resolve", lambda name: name)

@@ -17,6 +17,8 @@ from tasks import tiny
 from tools import bench
 from tools.parts import machine, peers, workload
 
+pytestmark = pytest.mark.slow
+
 # ---- bench
 
 

@@ -73,6 +73,7 @@ def comparable(history):
 # ------------------------------------------------------------------------------------------- nulls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 def test_with_lr_0_every_ratio_is_exactly_1(small, dtype, quant):
@@ -87,6 +88,7 @@ def test_with_lr_0_every_ratio_is_exactly_1(small, dtype, quant):
         assert m["grad_norm"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["gspo", "cispo", "hoelder"])
 def test_with_lr_0_no_arm_clips(small, loss):
     for m in train(replace(small, lr=0.0, loss=loss)):
@@ -94,6 +96,7 @@ def test_with_lr_0_no_arm_clips(small, loss):
         assert m["clip_frac_low"] == 0 and m["clip_frac_high"] == 0
 
 
+@pytest.mark.slow
 def test_the_first_ratio_of_every_step_is_exactly_1(small, monkeypatch):
     """Also after the weights have moved: old_logp is this step's."""
     first = []
@@ -111,6 +114,7 @@ def test_the_first_ratio_of_every_step_is_exactly_1(small, monkeypatch):
     assert max(first) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reward", ["constant", "constant(0.3)", "random(0)", "random(1)"])
 def test_a_constant_reward_moves_no_weight(small, reward):
     train(replace(small, reward=reward))
@@ -141,6 +145,7 @@ def test_sgd_steps_along_the_gradient(small):
     )  # B starts at 0, A's gradient is 0
 
 
+@pytest.mark.slow
 def test_evals_have_a_budget_of_their_own(small):
     """Trained on one token, measured on longer answers."""
     cfg = replace(small, max_new_tokens=1, eval_every=2, eval_temperature=1.0)
@@ -152,6 +157,7 @@ def test_evals_have_a_budget_of_their_own(small):
     assert short[-1]["grad_norm"] == whole[-1]["grad_norm"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora_r", [4, 0])
 def test_resumed_equals_uninterrupted(small, lora_r):
     cfg = replace(small, steps=4, lora_r=lora_r, lr=1e-3, eval_every=2, eval_temperature=1.0)
@@ -168,6 +174,7 @@ def test_resumed_equals_uninterrupted(small, lora_r):
     assert whole[-1]["kl"] is None if lora_r == 0 else whole[-1]["kl"] > 0
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_schedules(small, monkeypatch):
     """Stopped within the third of four steps, its checkpoint at the second."""
     cfg = replace(
@@ -203,6 +210,7 @@ def read_jsonl_of(cfg):
     return read_jsonl(Path(cfg.out_dir) / "metrics.jsonl")
 
 
+@pytest.mark.slow
 def test_a_folder_with_a_run_is_refused_and_resume_says_what_changed(small, capsys):
     train(small)
     with pytest.raises(UserError, match="--resume=True"):
@@ -216,6 +224,7 @@ def test_a_folder_with_a_run_is_refused_and_resume_says_what_changed(small, caps
         train(replace(small, out_dir=small.out_dir + "new", resume=True))
 
 
+@pytest.mark.slow
 def test_a_run_from_before_a_knob_existed_goes_on(small, capsys):
     train(small)
     path = f"{small.out_dir}/config.json"
@@ -237,6 +246,7 @@ def test_a_setting_that_is_gone_does_not_stop_a_resume(small):
     assert values == {"lr": 0.5} and small.out_dir in reason
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_folder(small):
 
     with RunFolder(Path(small.out_dir), {"model": "x"}, resume=False):
@@ -245,6 +255,7 @@ def test_two_runs_in_one_folder(small):
     assert len(train(small)) == 2
 
 
+@pytest.mark.slow
 def test_a_damaged_state_is_one_line(small):
     train(small)
     with open(f"{small.out_dir}/state.safetensors", "wb") as file:
@@ -283,6 +294,7 @@ def test_metrics_samples_and_config_are_there(small):
     assert saved["config"]["kl_coef"] == 0.1 and saved["versions"]["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 def test_logged_reward_is_the_trained_one_and_random_is_the_same_again(small):
     """The fault: an unseeded random reward drawn once to train on and again to log."""
     a = train(small)
@@ -326,6 +338,7 @@ def labels_file(world, folder, right: int, wrong: int = 8) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_reward_that_tells_nobody_apart_is_warned_of_once(small, capsys):
     train(replace(small, reward="no_repetition", steps=7, prompts_per_step=1))
     assert capsys.readouterr().out.count("gave each group one value for five steps") == 1
@@ -424,6 +437,7 @@ def test_auroc_of_the_trained_reward_is_logged(small, monkeypatch):
     assert 0 < m["random/auroc"] < 1 and m["length_correct"] > 0 and m["length_wrong"] > 0
 
 
+@pytest.mark.slow
 def test_offline_self_certainty_is_that_of_the_untouched_base(small, tiny_random, monkeypatch):
     seen = []
     monkeypatch.setattr(trainer, "describe", spy_rollouts(seen, trainer.describe))
@@ -455,6 +469,7 @@ def test_study_configs_warn_of_nothing(path):
 TIGHT = {"clip_low": 1e-4, "clip_high": 1e-4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "base,changes",
     [
@@ -497,6 +512,7 @@ def one_step(tiny_random, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_one_update_a_step_makes_all_arms_one(one_step):
     """At the same aggregation, up to rounding; the clip arms to the bit."""
     base = {"updates_per_step": 1, "loss_agg": "seq_mean"}
@@ -508,6 +524,7 @@ def test_one_update_a_step_makes_all_arms_one(one_step):
         assert all(torch.allclose(plain[k], other[k], atol=2e-4) for k in plain)
 
 
+@pytest.mark.slow
 def test_base_every_leaves_the_weights_alone(small):
     runs = {}
     for every in (1, 3):
@@ -552,6 +569,7 @@ def test_early_warnings():
     assert early_warning(replace(cfg, truncated="mask"), [masked] * 10) == ""
 
 
+@pytest.mark.slow
 def test_a_clip_that_nothing_meets_is_warned_of_once(small, capsys):
     cfg = replace(small, steps=11, lr=1e-9, prompts_per_step=1, max_new_tokens=4)
     cfg = replace(cfg, updates_per_step=2)
@@ -639,6 +657,7 @@ def test_truncated_mask_takes_cut_off_responses_out_of_the_loss(adapted, small):
     assert not torch.allclose(masked, kept, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_truncated_zero_zeroes_the_reward(small):
     cfg = replace(small, reward="random(1)", max_new_tokens=6)
     kept = train(cfg)
@@ -647,6 +666,7 @@ def test_truncated_zero_zeroes_the_reward(small):
     assert zeroed[0]["reward"] == pytest.approx(1 - zeroed[0]["truncated"])
 
 
+@pytest.mark.slow
 def test_kl_in_the_loss_holds_the_policy_back(small):
     free = train(replace(small, steps=3))
     held = train(replace(small, steps=3, kl_coef=10.0, out_dir=small.out_dir + "kl"))
@@ -748,6 +768,7 @@ def test_the_whole_eval_set_is_kept_out_of_training_whatever_eval_n(small, tiny_
     assert "train: 1 problems (dropped: 500 in the eval set" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_threads_are_set_and_a_small_model_has_one(small):
     try:
         train(replace(small, steps=1))
@@ -767,6 +788,7 @@ def test_no_cuda_means_the_tiny_scale(monkeypatch):
 # --------------------------------------------------------------------------------------- real model
 
 
+@pytest.mark.slow
 def test_a_real_model_on_real_problems(shared, tmp_path):
     """stories260K in NF4 on MATH problems, from text to an updated adapter."""
     cfg = Config(
