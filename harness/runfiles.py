@@ -115,6 +115,8 @@ def over_its_base(cfg: T, given: dict) -> T:
     in a line what was taken from beside the adapter, and warns where something else was typed.
     """
     folder = Path(cfg.adapter)
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"adapter={folder}: no adapter_config.json in it: name an adapter's folder")
     record = read_record(folder)
     try:
         base = json.loads((folder / "adapter_config.json").read_text())[BASE_KEY]
