@@ -7,6 +7,11 @@
     clip_bias  measure the bias of the clip on a table of logits
     rewards    list the rewards, or score saved completions with them
     bench      time the phases of a step, alone or against transformers and TRL
+    noise      measure how far rounding alone moves a model's ratios
+    fuzz_grader   measure how long a hostile answer can hold the trainer
+    memory_table  compute the memory of each recipe, for cards of 8 to 24 GB
+
+gpu_day.sh checks an installation on a GPU.
 
 tools/parts holds what the commands are made of.
 """
