@@ -145,7 +145,7 @@ class Rollouts:
 # ---- prompts
 
 
-def render(problem: str, prompt: str, tokenizer: Any) -> list[int]:
+def render_prompt(problem: str, prompt: str, tokenizer: Any) -> list[int]:
     """Token ids of the problem in the prompt format PROMPTS[prompt], ready for the response.
 
     UserError for an unknown format, and for a chat format that this tokenizer's template cannot
@@ -219,7 +219,7 @@ def prepare(
 
     UserError where none is left.
     """
-    rendered = [(p, render(p.problem, prompt, tokenizer)) for p in problems]
+    rendered = [(p, render_prompt(p.problem, prompt, tokenizer)) for p in problems]
     kept = [(p, ids) for p, ids in rendered if len(ids) <= max_prompt_tokens]
     if not kept:
         shortest = min((len(ids) for _, ids in rendered), default=0)

@@ -279,7 +279,7 @@ def load_for_eval(cfg: EvalConfig) -> tuple[torch.nn.Module, PreTrainedTokenizer
     return model, tokenizer
 
 
-def report(summary: dict, folder: Path | None) -> None:
+def print_summary(summary: dict, folder: Path | None) -> None:
     """Print the figures; the last line is the JSON object."""
 
     def percent(x: float | None) -> str:
@@ -334,7 +334,7 @@ def make_labels(cfg: EvalConfig) -> None:
             ):
                 file.add(rows)
         file.finish(cfg.label_by)
-    labels.report(labels.summarize(file.rows, cfg.label_by, too_long), file.path)
+    labels.print_labels(labels.summarize(file.rows, cfg.label_by, too_long), file.path)
 
 
 def main(argv: list[str]) -> None:
@@ -350,7 +350,7 @@ def main(argv: list[str]) -> None:
         summary, _, odd = grade_completions(load_completions(cfg.completions))
         for i, j in odd:
             print(f"differs from `correct`: row {i} sample {j}")
-        report(summary, None)
+        print_summary(summary, None)
         return
     cfg = fill(cfg, sources.given)
     if not cfg.model:
@@ -377,7 +377,7 @@ def main(argv: list[str]) -> None:
     path = folder / "completions.jsonl"
     summary, _ = evaluate(model, tokenizer, items, sampling, path=path)
     (folder / "summary.json").write_text(json.dumps({**vars(cfg), **summary}, indent=1) + "\n")
-    report(summary, folder)
+    print_summary(summary, folder)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def reward(
     """Register the decorated function under its own name (see expressions.Entry)."""
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        name = function.__name__
+        name = function.__name__.rstrip("_")  # `format_` and `random_` leave Python's own alone
         if name in REGISTRY:
             raise ValueError(f"two rewards are called {name}")
         REGISTRY[name] = Entry(function, formula, source, needs, bounds or {})
@@ -156,7 +156,7 @@ def _group_size(rollouts) -> Tensor:
 
 
 @reward(formula=r"1 if the response's last \boxed{} is not empty", source="SR")
-def format(rollouts) -> Tensor:
+def format_(rollouts) -> Tensor:
     found = answers.found(rollouts.text, rollouts.problem)
     return _float(answer is not None for answer in found)
 
@@ -166,7 +166,7 @@ def format(rollouts) -> Tensor:
     source="SR",
     bounds={"p": (0, 1)},
 )
-def random(rollouts, p: float = 0.5) -> Tensor:
+def random_(rollouts, p: float = 0.5) -> Tensor:
     key = (RANDOM, rollouts.seed, rollouts.step)
     rows = zip(rollouts.prompt_index.tolist(), rollouts.sample_index.tolist(), strict=True)
     return _float(np.random.default_rng((*key, i, j)).random() < p for i, j in rows)
@@ -233,7 +233,7 @@ def neg_entropy(
     rollouts, over: Literal["mean", "sum"] = "mean", no_answer: float | None = None
 ) -> Tensor:
     value = -_over_tokens(rollouts, rollouts.entropy, over)
-    return value if no_answer is None else torch.where(format(rollouts) == 1, value, no_answer)
+    return value if no_answer is None else torch.where(format_(rollouts) == 1, value, no_answer)
 
 
 @reward(

@@ -60,7 +60,8 @@ class Entry:
     def call(self) -> str:
         """How it is written, with its parameters: `random(p=0.5)`."""
         shown = [str(p.replace(annotation=p.empty)) for p in self.parameters]
-        return f"{self.function.__name__}({', '.join(shown)})" if shown else self.function.__name__
+        name = self.function.__name__.rstrip("_")
+        return f"{name}({', '.join(shown)})" if shown else name
 
 
 @dataclass(frozen=True)

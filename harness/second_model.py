@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from data import Rollouts, partition, render
+from data import Rollouts, partition, render_prompt
 from harness.errors import UserError
 from harness.loading import load_model, load_tokenizer
 from model import token_stats
@@ -40,7 +40,7 @@ class SecondModel:
         self.same = self.tokenizer.get_vocab() == policy_tokenizer.get_vocab()
         self.prompt = prompt
         if not self.same:
-            render("a problem", prompt, self.tokenizer)  # no chat template? say so now
+            render_prompt("a problem", prompt, self.tokenizer)  # no chat template? say so now
             if self.tokenizer.eos_token_id is None:
                 raise UserError(f"model {name!r}: its tokenizer names no end token")
         self.model = load_model(name, quant, dtype, device)
@@ -64,7 +64,7 @@ class SecondModel:
     def _own_tokens(self, rollouts: Rollouts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """tokens [B, T] right-padded, prompt_len [B], length [B] in the second model's tokens."""
         problems = {p.problem: None for p in rollouts.problem}
-        prompts = {p: render(p, self.prompt, self.tokenizer) for p in problems}
+        prompts = {p: render_prompt(p, self.prompt, self.tokenizer) for p in problems}
         texts = self.tokenizer(rollouts.text, add_special_tokens=False)["input_ids"]
         end = [self.tokenizer.eos_token_id]
         responses = [

@@ -322,7 +322,7 @@ def summarize(rows: list[dict], by: LabelBy, too_long: int = 0) -> dict:
     }
 
 
-def report(summary: dict, path: Path) -> None:
+def print_labels(summary: dict, path: Path) -> None:
     """Print the figures; the last line is the JSON object."""
     s, stderr = summary, summary["stderr"]
     print(

@@ -15,7 +15,7 @@ from conftest import made_up
 from tokenizers import processors
 
 import data
-from data import PROMPTS, Problem, Rollouts, batch_indices, partition, prepare, render
+from data import PROMPTS, Problem, Rollouts, batch_indices, partition, prepare, render_prompt
 from harness.errors import UserError
 from model import turn_end_ids
 from tasks import datasets
@@ -295,7 +295,7 @@ def test_qwen_prompts_are_exact(qwen):
         ("simplerl", own, "What is {problem} $1+1$?\n" + boxed),
         ("math_problem", "You are a helpful Assistant.", "Math Problem: What is {problem} $1+1$?"),
     ]:
-        ids = render("What is {problem} $1+1$?", prompt, qwen)
+        ids = render_prompt("What is {problem} $1+1$?", prompt, qwen)
         assert all(type(i) is int for i in ids)
         assert qwen.decode(ids) == (
             f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n"
@@ -303,19 +303,19 @@ def test_qwen_prompts_are_exact(qwen):
         )
         # one id for each of the markers: 151644 and 151645 are Qwen's <|im_start|> and <|im_end|>
         assert (ids.count(151644), ids.count(151645)) == (3, 2)
-    assert qwen.decode(render("Hi there", "none", qwen)) == "Hi there"
-    assert "qwen_math" in refused(render, "Hi", "qwen-math", qwen)
+    assert qwen.decode(render_prompt("Hi there", "none", qwen)) == "Hi there"
+    assert "qwen_math" in refused(render_prompt, "Hi", "qwen-math", qwen)
 
 
 def test_bos_is_there_once(qwen):
     from transformers import AutoTokenizer
 
     llama = AutoTokenizer.from_pretrained(SHARED / "models/stories260K")
-    ids = render("Once upon a time", "none", llama)
+    ids = render_prompt("Once upon a time", "none", llama)
     assert ids[0] == llama.bos_token_id and ids.count(llama.bos_token_id) == 1
-    assert "prompt=none" in refused(render, "Once", "qwen_math", llama)
+    assert "prompt=none" in refused(render_prompt, "Once", "qwen_math", llama)
     llama.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    ids = render("Once upon a time", "simplerl", llama)
+    ids = render_prompt("Once upon a time", "simplerl", llama)
     assert ids[0] == llama.bos_token_id and ids.count(llama.bos_token_id) == 1
 
 
@@ -347,13 +347,13 @@ def test_a_prompt_holds_problem_and_system_text_or_is_refused(template, working)
     for problem in ("What is $1+1$?\n", f"  Say: {data.BOXED}"):
         for name, messages in PROMPTS.items():
             if name in working:
-                text = tokenizer.decode(render(problem, name, tokenizer))
+                text = tokenizer.decode(render_prompt(problem, name, tokenizer))
                 system, user = messages or ("", "{problem}")
                 assert user.replace("{problem}", problem).strip() in text
                 assert text.count(data.BOXED) == (problem + system + user).count(data.BOXED)
                 assert system in text
                 continue
-            message = refused(render, problem, name, tokenizer)
+            message = refused(render_prompt, problem, name, tokenizer)
             assert f"prompt={name}" in message
             named = message.rpartition("prompt=")[2].split(" or ")
             assert set(named) == working
@@ -371,7 +371,7 @@ def test_a_template_cannot_run_code(tmp_path):
         f"{{{{ ''|attr('__class__')|attr('__mro__') }}}}{{{{ exec(\"{attack}\") }}}}",
     ):
         tokenizer = made_up(template)
-        assert "none" in refused(render, "p", "qwen_math", tokenizer)
+        assert "none" in refused(render_prompt, "p", "qwen_math", tokenizer)
         assert turn_end_ids(tokenizer) == []
     assert not trace.exists()
 
@@ -389,7 +389,7 @@ def test_a_raw_prompt_has_leading_special_tokens_only():
         )
         for problem in ("1+1?", "a </s>", "<s>b"):  # what the problem itself holds stays
             own = tokenizer(problem, add_special_tokens=False)["input_ids"]
-            ids = render(problem, "none", tokenizer)
+            ids = render_prompt(problem, "none", tokenizer)
             assert ids == tokenizer.convert_tokens_to_ids(before) + own
 
 

@@ -99,7 +99,7 @@ class Meter:
         self.peak.setdefault(phase, []).append(peak)
         self.bar.update()
 
-    def report(self, phase: str) -> dict[str, float]:
+    def figures(self, phase: str) -> dict[str, float]:
         return {
             f"{phase}_s": median(self.seconds[phase][1:]),
             f"{phase}_growth_gb": max(self.growth[phase]),
@@ -161,7 +161,7 @@ def bench(cfg: BenchConfig) -> dict:
     meter.bar.close()
 
     for phase in phases:
-        result |= meter.report(phase)
+        result |= meter.figures(phase)
     if "update" in phases:
         result["step_s"] = median(
             map(sum, zip(*(meter.seconds[p][1:] for p in phases), strict=True))
@@ -218,7 +218,7 @@ def beside_hf(cfg: BenchConfig, step: Step, meter: Meter, ours: Callable[[], Non
         with peers.without_adapter(step.model) as model:
             meter("peer", peer)
         equal = equal and lengths == step.out.length.tolist() == step.budgets
-    return meter.report("peer") | {
+    return meter.figures("peer") | {
         "peer_lengths_equal": equal,
         "peer_version": transformers.__version__,
         "peer_response_tokens": sum(lengths),

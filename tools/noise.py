@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 import model as model_module
-from data import PROMPTS, render
+from data import PROMPTS, render_prompt
 from engine import TRAIN_NOISE, Generation, generate
 from eval import check_positions, choose_device
 from harness.configurator import configure
@@ -146,7 +146,7 @@ def measure(cfg: NoiseConfig) -> dict:
     name = tiny.resolve(cfg.model)
     tokenizer = load_tokenizer(name)
     prompt = cfg.prompt or ("qwen_math" if tokenizer.chat_template else "none")
-    prompts = [render(problem, prompt, tokenizer) for problem in PROBLEMS]
+    prompts = [render_prompt(problem, prompt, tokenizer) for problem in PROBLEMS]
     model = load_model(name, cfg.quant, dtype, device)
     check_positions(model, max(map(len, prompts)), cfg.max_new_tokens)
     if cfg.threads:
