@@ -390,7 +390,12 @@ def test_defaults_of_a_run_and_of_models(tmp_path):
         "nf4",
     )
     assert (cfg.k, cfg.temperature, cfg.prompt, cfg.max_new_tokens) == (64, 1.0, "none", 8)
-    assert filled(run=str(tmp_path), adapter="a", k=3).adapter == "a"
+    own = tmp_path / "a"
+    own.mkdir()
+    (own / "adapter_config.json").write_text("{}")
+    assert filled(run=str(tmp_path), adapter=str(own), k=3).adapter == str(own)
+    with pytest.raises(UserError, match="adapter=none"):
+        filled(run=str(tmp_path), adapter="none")
     cfg = filled(model="any", prompt="qwen_math", k=8)
     assert (cfg.data, cfg.k, cfg.temperature, cfg.prompt) == ("deepscaler", 8, 1.0, "qwen_math")
     cfg = filled(model="tiny_bad")
