@@ -82,35 +82,16 @@ class Config:
 def check(cfg: Config) -> list[str]:
     """Refuse settings that cannot work (UserError); warn of each that has no effect."""
     whole = (
-        "steps",
-        "prompts_per_step",
-        "group_size",
-        "updates_per_step",
-        "max_prompt_tokens",
-        "max_new_tokens",
-        "micro_batch_tokens",
-        "rollout_rows",
-        "eval_k",
-        "base_every",
-    )
+        "steps prompts_per_step group_size updates_per_step max_prompt_tokens max_new_tokens "
+        "micro_batch_tokens rollout_rows eval_k base_every"
+    ).split()
     for key in whole:
         if getattr(cfg, key) < 1:
             raise UserError(f"{key}={getattr(cfg, key)}: must be at least 1")
     no_less = (
-        "lora_r",
-        "lr",
-        "kl_coef",
-        "clip_low",
-        "clip_high",
-        "warmup",
-        "seed",
-        "eval_every",
-        "eval_n",
-        "eval_temperature",
-        "eval_new_tokens",
-        "save_every",
-        "threads",
-    )
+        "lora_r lr kl_coef clip_low clip_high warmup seed eval_every eval_n eval_temperature "
+        "eval_new_tokens save_every threads"
+    ).split()
     for key in no_less:
         if getattr(cfg, key) < 0:
             raise UserError(f"{key}={getattr(cfg, key)}: must not be negative")
