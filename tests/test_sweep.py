@@ -53,7 +53,7 @@ def test_demo_runs_any_experiment(tmp_path):
     assert len(every) == len(list((configurator.PROJECT / "config").glob("*.py"))) > 20
     two = demo.DemoConfig(out=str(tmp_path), seeds=1, experiments=("constant", "one_shot"))
     assert [job.args[0] for job in demo_jobs(two)] == ["config/constant.py", "config/one_shot.py"]
-    with pytest.raises(UserError, match="experiments=randm: no such file: there are constant"):
+    with pytest.raises(UserError, match="experiments=randm: no such file: .*constant"):
         demo_jobs(demo.DemoConfig(experiments=("randm",)))
 
 

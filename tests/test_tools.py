@@ -178,6 +178,35 @@ def test_bench_beside_trl(capsys):
     assert "TRL" in printed
 
 
+@pytest.fixture
+def many_ends(model_folders, tmp_path):
+    """A model that, like real ones, lists its end tokens; here half of its vocabulary."""
+    model = AutoModelForCausalLM.from_pretrained(model_folders["qwen2"])
+    model.generation_config.eos_token_id = list(range(3, 97, 2))
+    model.generation_config.repetition_penalty = 1.1
+    model.save_pretrained(tmp_path / "ends")
+    return str(tmp_path / "ends")
+
+
+@pytest.mark.parametrize("peer", ["hf", "trl"])
+def test_a_peer_does_not_stop_at_the_models_own_end_tokens(capsys, many_ends, peer):
+    if peer == "trl":
+        pytest.importorskip("trl")
+        pytest.importorskip("peft")
+    argv = ("--arch=none", f"--model={many_ends}", f"--peer={peer}", "--lengths=equal")
+    result, printed = run_bench(capsys, *argv)
+    assert result["peer_lengths_equal"] and result["peer_response_tokens"] == 36
+    assert "warning" not in printed
+
+
+def test_what_was_measured_is_printed_although_the_lengths_differ(capsys, monkeypatch):
+    generate = peers.hf_generate
+    monkeypatch.setattr(peers, "hf_generate", lambda *a: [n + 1 for n in generate(*a)])
+    result, printed = run_bench(capsys, "--peer=hf")
+    assert result["peer_lengths_equal"] is False and result["ratio"] > 0
+    assert "warning: the peer's responses" in printed
+
+
 def test_bench_without_trl_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(UserError, match="trl is not installed: pip install -r requirements-test"):
