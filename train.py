@@ -305,10 +305,12 @@ def update(
 def clip_noise(
     model: nn.Module, rollouts: Rollouts, advantage: torch.Tensor, parts: Parts, cfg: Config
 ) -> float | None:
-    """The clip fraction that rounding alone makes: the floor under clip_frac_low + clip_frac_high.
+    """A clip fraction that rounding alone makes, at least: clip_frac_low + clip_frac_high have it.
 
     One micro-batch is scored again by the same weights, one row at a time, and its tokens are
-    counted as the loss counts them. None where every micro-batch has one row.
+    counted as the loss counts them. None where every micro-batch has one row. A lower bound: once
+    an update has moved the weights, rounding falls anew in every layer, and log-ratios spread two
+    to six times as far as here (tools.noise, "update" against "shape").
     """
     rows = next((rows for mini in parts for rows in reversed(mini) if len(rows) > 1), None)
     if rows is None:
