@@ -146,3 +146,20 @@ def test_intuitors_recipe(small):
     assert {key: getattr(cfg, key) for key in published} == published
     (first, _) = train(replace(small, **published))
     assert first["ratio_max"] == 1 and first["kl"] == 0
+
+
+def test_clip_noise_is_what_rounding_alone_clips(scored):
+    """Scores that depend on the micro-batch by 1e-3 a row are clipped by a band of 1e-4."""
+    model, r = scored
+    advantage = torch.tensor([1.0, -1.0] * 8)
+    parts = [[[0]], [[1, 2, 8]]]
+    cfg = Config(lora_r=4, updates_per_step=2, clip_low=1e-4, clip_high=1e-4)
+    assert trainer.clip_noise(model, r, advantage, parts, cfg) > 0.2
+    assert trainer.clip_noise(model, r, advantage, parts, replace(cfg, clip="off")) == 0
+    assert trainer.clip_noise(model, r, advantage, [[[0]], [[1]]], cfg) is None
+
+
+def test_clip_noise_is_logged_in_bf16_alone(small):
+    (narrow,) = train(replace(small, steps=1, dtype="bfloat16"))
+    (wide,) = train(replace(small, steps=1, out_dir=small.out_dir + "32"))
+    assert "clip_noise" in narrow and "clip_noise" not in wide
