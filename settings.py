@@ -27,7 +27,7 @@ class Config:
     eval_data: str = "math500"  # as train_data; its problems are dropped from train_data
     keep_duplicates: bool = False  # True: every row of train_data; False: each problem once
     one_shot: str = ""  # train on one problem: its id, part of its text, or pi_1 (2504.20571)
-    prompt: str = "qwen_math"  # prompt format: qwen_math, simplerl, none
+    prompt: str = "qwen_math"  # prompt format: qwen_math, simplerl, math_problem, none
     max_prompt_tokens: int = 1024  # longer prompts are dropped; their number is printed
     max_new_tokens: int = 3072  # longest response, in tokens
     # Reward
