@@ -1,10 +1,10 @@
 """Measure a model: accuracy, boxed share and code frequency on a set of problems.
 
     python eval.py --model=tiny --k=4 --temperature=1
-    python eval.py --run=out/random_reward-tiny-seed0       (the run's model, adapter, data, prompt)
+    python eval.py --run=out/random_reward-tiny-seed0   (the run's model, adapter, data, prompt)
     python eval.py --model=Qwen/Qwen2.5-Math-1.5B --data=math500 --n=100 --level=5
-    python eval.py --completions=FILE                             (grade saved completions)
-    python eval.py --labels=FILE --model=tiny                     (make majority labels: labels.py)
+    python eval.py --completions=FILE                   (grade saved completions)
+    python eval.py --labels=FILE --model=tiny           (make majority labels: tasks/labels.py)
 
 Every completion is saved as soon as it ends, so the same command continues an interrupted eval. The
 last line printed is one JSON object.
