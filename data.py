@@ -1,7 +1,7 @@
-"""Problems, prompts, the batch of rollouts, and the order in which all of these are used.
+"""Problems, prompts, the batch of rollouts, and the order in which they are used.
 
-Whatever is drawn here is a pure function of (seed, step): resuming needs no state, and the same
-run walks the same data on any machine.
+Every random draw here is a pure function of (seed, step). Resuming therefore needs no state, and
+the same run uses the same data in the same order on every machine.
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ import torch
 
 from harness.errors import UserError
 
-# The first key of every generator: two uses of randomness never share a stream.
+# The first key of each generator. Different uses of randomness never share a stream.
 ORDER, PARTITION = 102, 103
 
-# name -> (system, user) through the model's chat template, or None: the problem and nothing else.
-# With an empty system many templates put in one of their own, Qwen's among them.
+# name -> (system text, user text) for the model's chat template, or None for the bare problem. If
+# the system text is empty, many templates, such as Qwen's, insert their own system text.
 # Source: Shao et al., "Spurious Rewards" (arXiv 2506.10947) and its code.
 BOXED = r"Please reason step by step, and put your final answer within \boxed{}."
 PROMPTS: dict[str, tuple[str, str] | None] = {
@@ -33,46 +33,48 @@ class Problem:
     """One problem with a checkable answer."""
 
     problem: str
-    answer: str  # the gold answer, bare: no \boxed, no $
+    answer: str  # the gold answer alone, without \boxed and $
     id: str
     subject: str = ""
-    level: str = ""  # "5", however the source writes it
-    kind: str = "math"  # what a right answer is: tasks/answers.py
-    label: str = ""  # the majority answer of a base model (eval.py --labels), "" = none made
+    level: str = ""  # such as "5", in this form for every source
+    kind: str = "math"  # how answers are checked: tasks/answers.py
+    label: str = ""  # the majority answer of a base model (eval.py --labels); "" = no label
 
 
 @dataclass
 class Rollouts:
-    """The B = prompts x group_size responses of one step; row i belongs to prompt i // group_size.
+    """The B = prompts x group_size responses of one step. Row i belongs to prompt i // group_size.
 
-    R is the longest response: column j of a [B, R] tensor belongs to token prompt_len + j.
-    Raises ValueError where shapes disagree.
+    R is the length of the longest response. Column j of a [B, R] tensor belongs to token
+    prompt_len + j. Raises ValueError if shapes disagree.
     """
 
     tokens: torch.Tensor  # int64 [B, T], prompt + response, right-padded
     prompt_len: torch.Tensor  # int64 [B], tokens
-    length: torch.Tensor  # int64 [B], response tokens, the first EOS included
+    length: torch.Tensor  # int64 [B], response tokens, including the first EOS
     text: list[str]  # the responses, decoded without special tokens
     problem: list[Problem]
     finished: torch.Tensor  # bool [B], an end token was sampled before the budget ran out
     group_size: int
     seed: int
     step: int
-    # the responses with their special tokens, such as a <think> that is one; the end token of a
-    # finished response and padding are left out, so that it differs from text by special tokens
+    # The responses with their special tokens, for example a <think> that is a special token.
+    # Padding and the end token of a finished response are left out, so raw_text differs from text
+    # only by special tokens within the response.
     raw_text: list[str] | None = None
-    sampler_logp: torch.Tensor | None = None  # float32 [B, R], as the sampler saw it
-    # filled by scoring, float32 [B, R]
-    old_logp: torch.Tensor | None = None  # of the update's own micro-batches: for the loss
-    logp: torch.Tensor | None = None  # the same for rewards, equal for equal responses of a group
+    sampler_logp: torch.Tensor | None = None  # float32 [B, R], computed by the sampler
+    # Filled by scoring, float32 [B, R].
+    old_logp: torch.Tensor | None = None  # for the loss; from the same micro-batches as the update
+    logp: torch.Tensor | None = None  # for rewards; like old_logp, but shared by equal responses
     ref_logp: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
     self_certainty: torch.Tensor | None = None
-    base_self_certainty: torch.Tensor | None = None  # of the same tokens under the base model
-    # filled where the reward asks for it: name of a second model -> float32 [B], its mean
-    # log-likelihood of each response (harness/second_model.py)
+    base_self_certainty: torch.Tensor | None = None  # the same under the base model
+    # Name of a second model -> float32 [B], its mean log-likelihood of each response
+    # (harness/second_model.py). Filled only if the reward needs it.
     cross_logp: dict[str, torch.Tensor] = field(default_factory=dict)
-    # int64 [B], which answers are the same (grading.clusters); filled by the first reward that asks
+    # int64 [B], which answers are equivalent (grading.clusters). Filled by the first reward that
+    # needs it.
     cluster: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -96,13 +98,13 @@ class Rollouts:
 
     @property
     def mask(self) -> torch.Tensor:
-        """bool [B, R], True at response tokens: from lengths, since pad may equal EOS."""
+        """bool [B, R], True at response tokens. It uses lengths, since padding may equal EOS."""
         columns = torch.arange(int(self.length.max()), device=self.length.device)
         return columns < self.length[:, None]
 
     @property
     def twin(self) -> torch.Tensor:
-        """int64 [B], the first row of the group with the same response, often the row itself."""
+        """int64 [B], the first row of the group with the same response (often the row itself)."""
         first: dict[tuple, int] = {}
         twin = []
         for i, (p, n) in enumerate(
@@ -113,10 +115,11 @@ class Rollouts:
         return torch.tensor(twin)
 
     def share_scores_of_twins(self) -> None:
-        """Give equal responses of a group equal scores, those of the first; fills logp.
+        """Give equal responses of a group the scores of the first of them. This also fills logp.
 
-        They are scored in several micro-batches, so their scores differ by rounding. A group's
-        standard deviation would be made of that noise alone, and the advantage divides by it.
+        Equal responses may be scored in different micro-batches, and then their scores differ by
+        rounding. The standard deviation of such a group would be this noise alone, and the
+        advantage would divide by it.
         """
         twin = self.twin
         self.logp = self.old_logp[twin]
@@ -127,13 +130,13 @@ class Rollouts:
 
     @property
     def label(self) -> list[str] | None:
-        """The majority label of each row's problem, None where not every problem has one."""
+        """The majority label of each row's problem, or None if any problem lacks a label."""
         labels = [problem.label for problem in self.problem]
         return labels if all(labels) else None
 
     @property
     def prompt_index(self) -> torch.Tensor:
-        """int64 [B], the row's prompt in this step."""
+        """int64 [B], the number of the row's prompt in this step."""
         return torch.arange(len(self.text), device=self.length.device) // self.group_size
 
     @property
@@ -146,11 +149,11 @@ class Rollouts:
 
 
 def render_prompt(problem: str, prompt: str, tokenizer: Any) -> list[int]:
-    """Token ids of the problem in the prompt format PROMPTS[prompt], ready for the response.
+    """Write the problem in the prompt format PROMPTS[prompt]. Return token ids up to the response.
 
-    UserError for an unknown format, and for a chat format that this tokenizer's template cannot
-    write: without a template, where it raises, or where it leaves out the system text or the
-    problem. The message names the formats that work.
+    Raises UserError for an unknown format. Raises it also if this tokenizer cannot write the chat
+    format: it has no chat template, or the template raises an error, or the template leaves out the
+    system text or the problem. The message names the formats that work.
     """
     if prompt not in PROMPTS:
         raise UserError(f"unknown prompt {prompt!r}: choose one of {', '.join(PROMPTS)}")
@@ -163,14 +166,15 @@ def render_prompt(problem: str, prompt: str, tokenizer: Any) -> list[int]:
         raise UserError(
             f"prompt={prompt}: this tokenizer has {error}: use prompt={working}"
         ) from None
-    # the template has written the BOS, if any: a second one would be added here
+    # The template has already written the BOS, if there is one. Do not add a second one.
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _raw(problem: str, tokenizer: Any) -> list[int]:
-    """The problem's own tokens behind the special tokens that a text begins with (such as BOS).
+    """The tokens of the problem, after the special tokens that start a text (such as BOS).
 
-    Those that a tokenizer puts at the end (such as EOS) would end the response before it began.
+    Special tokens that a tokenizer adds at the end (such as EOS) are left out, because they would
+    end the response before it starts.
     """
     with_special = list(tokenizer(problem)["input_ids"])
     own = list(tokenizer(problem, add_special_tokens=False)["input_ids"])
@@ -180,9 +184,10 @@ def _raw(problem: str, tokenizer: Any) -> list[int]:
 
 
 def _chat(problem: str, prompt: str, tokenizer: Any) -> str:
-    """The problem in a chat format, as text. ValueError, to follow "it has", where it cannot be.
+    """Write the problem in a chat format, as text.
 
-    Templates are foreign code: transformers runs them in a sandbox, and they may raise anything.
+    Raises ValueError if that fails. Its message fits after the words "this tokenizer has". Any
+    exception is caught, because templates are foreign code. transformers runs them in a sandbox.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("no chat template")
@@ -197,7 +202,7 @@ def _chat(problem: str, prompt: str, tokenizer: Any) -> str:
         raise ValueError(f"a chat template that fails ({reason})") from None
     rest = text
     for name, content in (("system text", system), ("problem", user)):
-        content = content.strip()  # as many templates do
+        content = content.strip()  # many templates strip it
         if content not in rest:
             raise ValueError(f"a chat template that leaves out or changes the {name}")
         rest = rest.replace(content, "", 1)
@@ -215,9 +220,10 @@ def _works(problem: str, prompt: str, tokenizer: Any) -> bool:
 def prepare(
     problems: list[Problem], prompt: str, tokenizer: Any, max_prompt_tokens: int
 ) -> tuple[list[tuple[Problem, list[int]]], int]:
-    """[(problem, its prompt's token ids)] without those over max_prompt_tokens, how many went.
+    """Render all prompts and drop those longer than max_prompt_tokens.
 
-    UserError where none is left.
+    Returns [(problem, token ids of its prompt)] and the number of dropped problems. Raises
+    UserError if no problem is left.
     """
     rendered = [(p, render_prompt(p.problem, prompt, tokenizer)) for p in problems]
     kept = [(p, ids) for p, ids in rendered if len(ids) <= max_prompt_tokens]
@@ -233,17 +239,21 @@ def prepare(
 
 
 def rng(*keys: int) -> np.random.Generator:
-    """A generator that is a function of its keys; the first says what it is used for."""
+    """Make a generator from keys. The first key tells what the generator is used for.
+
+    Raises UserError for a negative key.
+    """
     if min(keys) < 0:
         raise UserError(f"seed={min(keys)}: a seed is 0 or more")
     return np.random.default_rng(keys)
 
 
 def batch_indices(n: int, prompts_per_step: int, seed: int, step: int) -> list[int]:
-    """The prompts_per_step of n problems that step (from 0) trains on.
+    """Choose the problems of a step: prompts_per_step of the numbers 0 to n - 1.
 
-    Each epoch is a permutation of its own, and the steps walk through one after the other: no
-    problem comes back before all have been used, and a step may lie across two epochs.
+    Steps count from 0. Each epoch is a new permutation of the problems, and the steps go through
+    the epochs in order. No problem is used again before all have been used. A step may span several
+    epochs.
     """
     places = range(step * prompts_per_step, (step + 1) * prompts_per_step)
     epochs = {place // n for place in places}
@@ -258,11 +268,12 @@ def partition(
     seed: int,
     step: int,
 ) -> list[list[list[int]]]:
-    """[updates][micro-batches][row numbers]: how a step's B rows are shared out, drawn once.
+    """Split a step's B rows into mini-batches and micro-batches: [updates][micro-batches][rows].
 
-    total_len: [B], prompt + response tokens. Mini-batches are drawn at random; their sizes differ
-    by one at most and every row is in one. Inside each, rows go by falling length into
-    micro-batches of at most micro_batch_tokens padded tokens (rows x longest), or of one row.
+    total_len is [B], prompt + response tokens. Mini-batches are drawn at random. Every row is in
+    exactly one, and their sizes differ by at most one. Each mini-batch is sorted by decreasing
+    length and cut into micro-batches of at most micro_batch_tokens padded tokens (rows x longest).
+    A longer row is a micro-batch of its own. Raises UserError if there are fewer rows than updates.
     """
     lengths = np.asarray(total_len)
     if len(lengths) < updates:

@@ -1,11 +1,13 @@
 """Decoding: batched sampling with a KV cache over the Hugging Face modules.
 
-No forward of our own per architecture: transformers runs its layers, with a cache class and an
-attention function of ours. Each prompt is prefilled once for its whole group; a row that has ended
-leaves, and a waiting one takes its slot; the randomness of a token depends on its row and position
-alone, so neither batch nor slot changes a sample, which holds to the token in fp32 on the CPU. In
-bf16 the shape of a product moves its rounding, so another max_rows gives other samples of the same
-distribution. On the GPU a step is a captured graph (slots.py).
+transformers runs its own layers with our cache class and our attention function, so no architecture
+needs a forward pass of its own here. Each prompt is prefilled once for its whole group. When a row
+ends, a waiting row takes its slot.
+
+The randomness of a token depends only on its row and position, so neither batch nor slot changes a
+sample. In fp32 on the CPU this holds for every token. In bf16 rounding depends on the shape of a
+matrix product, so another max_rows gives other samples from the same distribution. On the GPU a
+step is a captured CUDA graph (decoding/slots.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -22,18 +24,22 @@ from decoding.slots import DecodeSetup, Rows, Slots
 from lora import weights_address
 from model import backbone, head, logits
 
-# First key of the noise: training, eval and majority labels never share a stream.
+# First key of the noise, so that training, eval and majority labels never share a stream.
 TRAIN_NOISE, EVAL_NOISE, LABEL_NOISE = 1, 2, 3
-PREFILL_TOKENS = 4096  # prompt tokens, padded, read at once; until placed they are held, too
+PREFILL_TOKENS = 4096  # padded prompt tokens prefilled at once; all are held until placed
 
 
 @dataclass
 class Generation:
-    """What generate returns; B = len(prompts) x group_size, R = longest response.
+    """The result of generate, for B = len(prompts) x group_size rows; R is the longest response.
 
-    tokens int64 [B, T] right-padded prompt + response, prompt_len and length int64 [B] (length
-    counts the end token), finished bool [B] (an end token came before the budget ran out),
-    sampler_logp float32 [B, R] (0 beyond length). On the CPU, whatever the model's device.
+    tokens        int64 [B, T], right-padded prompt + response
+    prompt_len    int64 [B], tokens
+    length        int64 [B], response tokens, including the end token
+    finished      bool [B], whether an end token came before the budget ran out
+    sampler_logp  float32 [B, R], 0 beyond length
+
+    All tensors are on the CPU, whatever the model's device is.
     """
 
     tokens: torch.Tensor
@@ -48,7 +54,10 @@ class Generation:
 
 @torch.no_grad()
 def prefill(model: nn.Module, prompts: list[list[int]]) -> list[Prompt]:
-    """Read prompts (token ids), right-padded: a causal model never looks right, so no mask."""
+    """Prefill prompts (lists of token ids) in one batch.
+
+    Prompts are padded on the right. A causal model never attends to the right, so it needs no mask.
+    """
     device = next(model.parameters()).device
     lens = torch.tensor([len(p) for p in prompts], device=device)
     P = max(map(len, prompts))
@@ -82,15 +91,16 @@ def generate(
     budgets: Sequence[int] | None = None,
     on_end: Callable[[int, list[int], bool], None] | None = None,
 ) -> Generation:
-    """Sample group_size responses to each prompt; row i answers prompt i // group_size.
+    """Sample group_size responses to each prompt. Row i answers prompt i // group_size.
 
-    A response ends with the first token of end_ids (kept) or after max_new_tokens, or its own of
-    budgets, [B] of at most max_new_tokens (for timing, say). At most max_rows rows are decoded at a
-    time, which bounds the cache; those that wait move in as others end. noise, a row's prompt
-    number and its sample number fix its randomness; numbers of the prompts are 0, 1, ... unless
-    given, so that a long list may be sampled piece by piece. progress is called with the numbers of
-    new tokens and of rows that have just ended (see Progress), on_end with each row that has ended,
-    its response's tokens and whether it finished.
+    A response ends with the first token of end_ids, which is kept, or when its budget runs out. The
+    budget is max_new_tokens, or the row's entry of budgets, [B] of at most max_new_tokens (used for
+    timing). At most max_rows rows are decoded at a time, which bounds the cache. Waiting rows move
+    in when others end. The randomness of a row is a function of noise, its prompt number and its
+    sample number. Prompts are numbered 0, 1, ... unless numbers is given; with numbers, a long list
+    can be sampled piece by piece. progress is called with the number of new tokens and the number
+    of rows that have just ended (see Progress). on_end is called once for each row that has ended,
+    with the row, the tokens of its response and whether it finished.
     """
     B = len(prompts) * group_size
     numbers = range(len(prompts)) if numbers is None else numbers
@@ -104,7 +114,7 @@ def generate(
         rows = slots.rows
         rows.begin(uniform, budget, lens)
         _decode_all(model, prompts, group_size, slots, progress, on_end)
-    if slots.static:  # for the next call; not where this one failed
+    if slots.static:  # kept for the next call, unless this call has failed
         slots.setup.kept = (key, slots)
     length, finished = rows.length.cpu(), rows.finished.cpu()
     response, logp = rows.response.cpu(), rows.logp.cpu()
@@ -120,13 +130,13 @@ def generate(
 
 
 def _decode_all(model, prompts, group_size, slots, progress, on_end):
-    """Decode all rows: a row moves into a slot, is decoded, and makes room for another."""
+    """Decode all rows. A row moves into a slot, is decoded, and makes room for the next row."""
     rows = slots.rows
     B, device = len(rows.length), rows.length.device
-    # Looking whether rows have ended waits for the GPU, so it is done every few tokens there.
+    # Checking which rows have ended waits for the GPU, so it is done only every few tokens there.
     every = 1 if device.type == "cpu" else 8
-    ready: dict[int, Prompt] = {}  # prompts that rows still need
-    told: set[int] = set()  # rows that on_end has been called with
+    ready: dict[int, Prompt] = {}  # prefilled prompts that some row still needs
+    told: set[int] = set()  # rows for which on_end has been called
     at_once = max(1, PREFILL_TOKENS // max(map(len, prompts)))
     free, arrived, counted, ticks = list(range(slots.n)), 0, (0, 0), 0
     while True:
@@ -161,7 +171,7 @@ def _decode_all(model, prompts, group_size, slots, progress, on_end):
 
 
 def _tell(rows: Rows, told: set[int], on_end) -> None:
-    """Call on_end with each row that has ended and is not in told, which it joins."""
+    """Call on_end for each row that has ended and is not in told, and add the row to told."""
     over = (rows.finished | (rows.length >= rows.budget)).tolist()
     for row in (row for row, one in enumerate(over) if one and row not in told):
         told.add(row)
@@ -170,9 +180,10 @@ def _tell(rows: Rows, told: set[int], on_end) -> None:
 
 
 def _slots(model, shape, n, longest) -> tuple[tuple, Slots]:
-    """n slots and what they hold for: new ones; where static, the last call's if they do.
+    """n slots and their key. Static slots of the last call are used again if they fit.
 
-    shape: see slots.Rows; longest: tokens of the longest prompt.
+    shape holds the arguments of Rows (decoding/slots.py). longest is the length in tokens of the
+    longest prompt.
     """
     device = next(model.parameters()).device
     setup = decode_setup(model)
@@ -183,18 +194,18 @@ def _slots(model, shape, n, longest) -> tuple[tuple, Slots]:
     if kept_key == key and kept.longest >= longest:
         kept.begin()
     else:
-        kept = None  # its memory goes before new buffers want some
+        kept = None  # free its memory before new buffers are allocated
         kept = Slots(model, Rows(*shape, device), n, longest, setup)
     return key, kept
 
 
 def drop_slots(model: nn.Module) -> None:
-    """Free the buffers and graphs that generate keeps from call to call where they are static."""
+    """Free the static buffers and graphs that generate keeps between calls."""
     decode_setup(model).kept = None
 
 
 def decode_setup(model: nn.Module) -> DecodeSetup:
-    """How this model decodes; set model.decode_setup to change it."""
+    """How this model decodes. Set model.decode_setup to change it."""
     if getattr(model, "decode_setup", None) is None:
         model.decode_setup = DecodeSetup.for_device(next(model.parameters()).device)
     return model.decode_setup
@@ -218,9 +229,10 @@ def decode_raw(
     length: torch.Tensor,
     finished: torch.Tensor,
 ) -> list[str]:
-    """Response texts of tokens [B, T] with special tokens, but for the end token of a finished row.
+    """Response texts of tokens [B, T] with special tokens, without padding.
 
-    finished bool [B]: the last of the row's length tokens is its end token. Padding is left out.
+    finished bool [B] marks the rows whose last response token is an end token. That end token is
+    left out.
     """
     own = (length - finished.to(length.dtype)).tolist()
     rows = zip(tokens.tolist(), prompt_len.tolist(), own, strict=True)

@@ -1,13 +1,13 @@
 """Measure a model: accuracy, boxed share and code frequency on a set of problems.
 
     python eval.py --model=tiny --k=4 --temperature=1
-    python eval.py --run=out/random_reward-tiny-seed0            (its model, adapter, data, prompt)
+    python eval.py --run=out/random_reward-tiny-seed0   (the run's model, adapter, data, prompt)
     python eval.py --model=Qwen/Qwen2.5-Math-1.5B --data=math500 --n=100 --level=5
-    python eval.py --completions=FILE                             (grade saved completions)
-    python eval.py --labels=FILE --model=tiny                     (make majority labels: labels.py)
+    python eval.py --completions=FILE                   (grade saved completions)
+    python eval.py --labels=FILE --model=tiny           (make majority labels: tasks/labels.py)
 
-Every completion is saved as it comes, so that the same command goes on with an eval that was
-interrupted; the last line printed is one JSON object.
+Every completion is saved as soon as it ends, so the same command continues an interrupted eval. The
+last line printed is one JSON object.
 """
 
 import json
@@ -42,46 +42,49 @@ class EvalConfig:
     """Measure a model on a set of problems, grade saved completions, or make majority labels."""
 
     # What is measured: one of run, model, completions
-    run: str = ""  # folder of a training run: its model, adapter, eval data, prompt and lengths
-    model: str = ""  # hub id, folder, or tiny / tiny_bad; "" = what the adapter was trained over
+    run: str = ""  # folder of a training run; gives model, adapter, eval data, prompt and lengths
+    model: str = ""  # hub id, folder, or tiny / tiny_bad; "" = the base model of the adapter
     adapter: str = ""  # folder of an adapter in PEFT's format, put on its base model
-    completions: str = ""  # .jsonl with problem, answer, completions (a list); graded as they are
-    quant: Literal["none", "nf4"] = "none"  # 4-bit weights; not typed: as the adapter records it
-    # On what
+    completions: str = ""  # .jsonl with problem, answer, completions (a list), to be graded
+    quant: Literal["none", "nf4"] = "none"  # nf4: 4-bit weights; not given: as in the adapter
+    # Which problems
     data: str = "math500"  # math500, gsm8k, a .jsonl file, a folder, a hub id, tiny
-    n: int = 0  # problems, drawn with a fixed seed; 0 = all
+    n: int = 0  # number of problems, drawn with a fixed seed; 0 = all
     level: str = ""  # only problems of this level, e.g. 5
     subject: str = ""  # only problems of this subject, e.g. Algebra
-    prompt: str = "qwen_math"  # prompt format: qwen_math, simplerl, none
-    # How
-    k: int = 1  # samples a problem (avg@k)
+    prompt: str = "qwen_math"  # prompt format: qwen_math, simplerl, math_problem, none
+    # How responses are sampled
+    k: int = 1  # samples per problem (avg@k)
     temperature: float = 0.0  # 0 = greedy
     top_p: float = 1.0  # nucleus sampling, 1 = off
     top_k: int = 0  # sample from the k likeliest tokens, 0 = off
-    max_prompt_tokens: int = 1024  # longer prompts are dropped, and counted
-    max_new_tokens: int = 3072  # response budget, tokens
-    rollout_rows: int = 64  # rows decoded at once (bounds the KV cache)
-    seed: int = 0  # of the samples
-    device: str = "auto"  # auto = cuda where there is one, else cpu
+    max_prompt_tokens: int = 1024  # longer prompts are dropped; their number is printed
+    max_new_tokens: int = 3072  # longest response, in tokens
+    rollout_rows: int = 64  # responses decoded at once; this bounds the KV cache
+    seed: int = 0  # seed of the samples
+    device: str = "auto"  # auto = cuda if available, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = bfloat16 on cuda, else float32
     out: str = ""  # folder for completions.jsonl and summary.json; "" = run/eval or out/eval-MODEL
-    # Majority labels, for train.py --train_data=FILE. What is not typed becomes data=deepscaler
-    # (its train split), k=64, temperature=1, prompt=none. Of a run: its train_data and its base
-    # model; name --adapter=RUN/adapter for labels by what was trained
-    labels: str = ""  # .jsonl to make, or to go on with: each problem and its commonest answer
-    label_by: LabelBy = "equivalence"  # which answers count as one: equivalent, same string
+    # Majority labels, for train.py --train_data=FILE. The defaults are then data=deepscaler (train
+    # split), k=64, temperature=1, prompt=none. With --run they are made for the run's train_data by
+    # its base model; add --adapter=RUN/adapter to make them by the trained model
+    labels: str = ""  # .jsonl to make or to continue: each problem and its most common answer
+    label_by: LabelBy = "equivalence"  # which answers count as the same: equivalent, same string
 
 
 # ------------------------------------------------------------------------------------ measurement
 
 
 def summarize(rows: list[dict]) -> dict:
-    """Figures of graded rows (columns completions, correct, maybe finish_reason; k each).
+    """Compute the figures of graded rows.
 
-    accuracy: mean of correct; stderr: of the mean over problems (so k samples of one problem are
-    not taken for k problems); boxed: share with a non-empty last box; code_frequency: share with
-    "python" in it; accuracy_code, accuracy_language: over responses with and without code, None
-    where there are none; truncated: share that ran out of tokens, None where unknown.
+    A row has completions, correct and maybe finish_reason, each a list of k.
+
+    accuracy is the mean of correct. stderr is the standard error over problems, because k samples
+    of one problem are not k problems. boxed is the share with a non-empty last box. code_frequency
+    is the share that contains "python". accuracy_code and accuracy_language are over the responses
+    with and without code, None if there are none. truncated is the share that ran out of tokens,
+    None if unknown.
     """
     per_problem = np.array([np.mean(row["correct"]) for row in rows])
     correct = np.array([c for row in rows for c in row["correct"]], dtype=float)
@@ -109,13 +112,13 @@ def summarize(rows: list[dict]) -> dict:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an eval samples."""
+    """The sampling settings of an eval."""
 
-    k: int = 1  # samples a problem
-    temperature: float = 0.0  # 0 = greedy: one sample a problem, since more would be the same
+    k: int = 1  # samples per problem
+    temperature: float = 0.0  # 0 = greedy: one sample per problem, since all would be equal
     max_new_tokens: int = 3072
     seed: int = 0
-    rollout_rows: int = 64  # rows decoded at once; no sample depends on it in fp32
+    rollout_rows: int = 64  # rows decoded at once; in fp32 it does not change the samples
     top_p: float = 1.0
     top_k: int = 0
 
@@ -132,11 +135,12 @@ def evaluate(
     desc: str = "eval",
     path: Path | None = None,
 ) -> tuple[dict, list[dict]]:
-    """Sample responses to each (problem, prompt token ids), grade them, sum up.
+    """Sample responses to each (problem, prompt token ids), grade them and summarize.
 
-    Returns (summary, rows); rows have the columns problem, answer, completions, correct,
-    finish_reason. The samples are a function of seed and a problem's place in items. path: where
-    the rows are saved; an eval that was interrupted goes on with what it had (harness/partial.py).
+    Returns (summary, rows). The rows have the columns problem, answer, completions, correct and
+    finish_reason. The samples are a function of the seed and a problem's position in items. path is
+    the file for the rows. With it, an interrupted eval continues from the rows that it has kept
+    (harness/partial.py).
     """
     settings = {}
     if path is not None:
@@ -162,10 +166,10 @@ def _sample(
     desc: str,
     kept: Kept,
 ) -> None:
-    """Sample what is not kept yet; a problem is kept as soon as its last copy has ended."""
+    """Sample the problems that are not kept yet. A problem is kept when its last copy has ended."""
     copies = sampling.copies
     left = [i for i in range(len(items)) if i not in kept.rows]
-    ended: list[dict[int, tuple[str, str]]] = [{} for _ in left]  # of each problem, by copy
+    ended: list[dict[int, tuple[str, str]]] = [{} for _ in left]  # per problem: copy -> result
 
     def on_end(row: int, response: list[int], finished: bool) -> None:
         (text,) = tokenizer.batch_decode([response], skip_special_tokens=True)
@@ -216,10 +220,11 @@ def _graded(items: Items, kept: Kept) -> list[dict]:
 
 
 def grade_completions(rows: list[dict]) -> tuple[dict, list[dict], list[tuple[int, int]]]:
-    """Grade saved completions: (summary, graded rows, [(row, sample)] at odds with `correct`).
+    """Grade saved completions.
 
-    The summary gains agreement with the rows' own `correct` column, where all have one, and
-    lenient_accuracy, with answers also taken from prose (never used as a reward).
+    Returns the summary, the graded rows, and the [(row, sample)] whose verdict differs from the
+    saved `correct` column. The summary also has lenient_accuracy, which accepts answers in prose
+    (never used as a reward), and agreement with the `correct` column if all rows have one.
     """
     texts = [text for row in rows for text in row["completions"]]
     golds = [row["answer"] for row in rows for _ in row["completions"]]
@@ -244,7 +249,7 @@ def grade_completions(rows: list[dict]) -> tuple[dict, list[dict], list[tuple[in
 
 
 def fill(cfg: EvalConfig, given: dict) -> EvalConfig:
-    """What was not typed, from the run's config.json, or for the tiny world as it needs it."""
+    """Fill in the settings that were not given, from the run's config.json or for the tiny task."""
     if cfg.adapter and not cfg.run:
         cfg = over_its_base(cfg, given)
     values: dict = {"data": "deepscaler"} if cfg.labels else {}
@@ -267,7 +272,7 @@ def fill(cfg: EvalConfig, given: dict) -> EvalConfig:
 
 
 def load_for_eval(cfg: EvalConfig) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
-    """Model (with its adapter) and tokenizer of an EvalConfig or the like."""
+    """Load model (with its adapter) and tokenizer for an EvalConfig or a config with its fields."""
     device, dtype = choose_device(cfg.device, cfg.dtype)
     name = tiny.resolve(cfg.model)
     tokenizer = load_tokenizer(name)
@@ -280,7 +285,7 @@ def load_for_eval(cfg: EvalConfig) -> tuple[torch.nn.Module, PreTrainedTokenizer
 
 
 def print_summary(summary: dict, folder: Path | None) -> None:
-    """Print the figures; the last line is the JSON object."""
+    """Print the figures. The last line is the summary as one JSON object."""
 
     def percent(x: float | None) -> str:
         return "   -  " if x is None else f"{100 * x:5.1f}%"
@@ -302,14 +307,14 @@ def print_summary(summary: dict, folder: Path | None) -> None:
 
 
 def make_labels(cfg: EvalConfig) -> None:
-    """--labels=FILE: make it, go on with it, or report again what is in it."""
+    """Handle --labels=FILE: make the file, continue it, or report again what is in it."""
     if cfg.k < 2 or cfg.temperature <= 0:
         raise UserError("labels: a majority wants k of 2 or more and a temperature above 0")
     name = tiny.resolve(cfg.model)
     tokenizer = load_tokenizer(name)
     problems = subset(load_problems(tiny.resolve(cfg.data), "train"), cfg.n, cfg.level, cfg.subject)
     items, too_long = prepare(problems, cfg.prompt, tokenizer, cfg.max_prompt_tokens)
-    # What no label depends on; the tiny world's folder is named after its recipe.
+    # No label depends on the settings in free. The tiny model's folder is named after its recipe.
     free = ("run", "completions", "out", "labels", "label_by", "rollout_rows", "device")
     settings = {key: value for key, value in vars(cfg).items() if key not in free}
     settings["model"] = Path(name).name if tiny.is_tiny(cfg.model) else cfg.model

@@ -1,17 +1,23 @@
 """The algorithm as pure functions on tensors: advantages, policy losses and their clips, KL.
 
-Shapes: B responses in groups of equal size; b of them in a micro-batch, R the longest of these.
-Nothing here knows a model, so that a claim about the algorithm can be tested on a table of logits.
+Shapes: a step has B responses in groups of equal size. A micro-batch has b of them, and R is the
+length of its longest response. P is the number of groups (one per prompt), G the group size.
+Nothing here uses a model, so every claim about the algorithm can be tested on a table of logits.
 
-What the arms share. With the token ratio R_t = pi(y_t) / pi_old(y_t) and a response's advantage A,
-a loss is minus the aggregate over tokens of min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A):
+All losses share one form. The token ratio is R_t = pi(y_t) / pi_old(y_t), and A is the advantage of
+the response. The loss is minus the aggregate over tokens of
+
+    min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)
+
+where the losses differ in rho:
 
     grpo      rho_t = R_t                       PPO, arXiv 1707.06347; GRPO, 2402.03300
-    gspo      rho = exp(mean_t log R_t)         one a response: arXiv 2507.18071
-    hoelder   rho = (mean_t R_t^p)^(1/p)        one a response: arXiv 2605.12058; p = 0 is gspo
-    cispo     sg(min(R_t, cispo_cap)) A logp_t  in the min's place: MiniMax-M1, arXiv 2506.13585
+    gspo      rho = exp(mean_t log R_t)         one per response, arXiv 2507.18071
+    hoelder   rho = (mean_t R_t^p)^(1/p)        one per response, arXiv 2605.12058; p = 0 is gspo
+    cispo     sg(min(R_t, cispo_cap)) A logp_t  replaces the min: MiniMax-M1, arXiv 2506.13585
 
-At the first update of a step every ratio is 1, and all have the same gradient.
+sg means stop-gradient. At the first update of a step every ratio is 1, and all four losses have the
+same gradient.
 """
 
 import math
@@ -25,8 +31,8 @@ LossAgg = Literal["token_mean", "seq_mean", "constant"]
 AdvNorm = Literal["group", "group_mean", "leave_one_out", "raw"]
 KLType = Literal["k1", "k2", "k3"]
 
-# Bins of the old probability, equal in width, so that one edge is 10/12 = .833 = 1 / (1 + .2): a
-# token above it cannot be clipped from above by clip_high = .2.
+# Number of equal bins of the old probability. With 12, one edge is 10/12 = .833 = 1 / (1 + .2). A
+# token above that edge cannot be clipped from above with clip_high = .2.
 BINS = 12
 
 
@@ -39,17 +45,18 @@ def advantages(
     norm: AdvNorm = "group",
     rounding: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Advantages float32 [B] of rewards float32 [B]; groups are consecutive rows.
+    """Compute advantages float32 [B] from rewards float32 [B]. Groups are consecutive rows.
 
-    rounding: float32 [P], how far apart the rewards of a group may lie by rounding alone.
+    rounding is float32 [P]: how far apart the rewards of a group can lie because of rounding alone.
 
     group          (r - mean) / (std + 1e-9), std unbiased: GRPO, arXiv 2402.03300
     group_mean     r - mean: Dr. GRPO, arXiv 2503.20783
     leave_one_out  r - mean of the others = G / (G - 1) (r - mean): RLOO, arXiv 2402.14740
-    raw            r, no baseline at all
+    raw            r, without a baseline
 
-    A group whose rewards are all equal has advantage exactly 0 (raw excepted), and so has a group
-    whose rewards differ by no more than rounding: the formula would divide noise by its own size.
+    A group whose rewards are all equal has advantage exactly 0 (except with raw). The same holds
+    for a group whose rewards differ by no more than rounding, because the formula would divide
+    noise by the size of that noise.
     """
     if norm == "raw":
         return rewards.float()
@@ -66,19 +73,20 @@ def advantages(
 def flat_groups(
     rewards: torch.Tensor, group_size: int, rounding: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Which groups have rewards that are equal, up to rounding [P], and teach nothing: bool [P]."""
+    """Find the groups that teach nothing: their rewards are equal up to rounding [P]. bool [P]."""
     groups = rewards.view(-1, group_size)
     spread = groups.amax(1) - groups.amin(1)
     return spread <= (0.0 if rounding is None else rounding)
 
 
 def whiten(advantage: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """(A - mean) / std over all tokens of the batch, float32 [B], as "Spurious Rewards" runs it.
+    """Whiten advantages over all tokens of the batch: (A - mean) / std, float32 [B].
 
-    advantage [B]; tokens int [B], each response's tokens in the loss, by which it is weighted. The
-    variance is OpenRLHF's: biased, at least 1e-8 (verl and TRL take the unbiased one, which differs
-    by 1 in the number of tokens). Equal advantages throughout stay, or become, exactly 0. With
-    responses of several lengths the mean is not 0, and flat groups get an advantage, too.
+    The released code of "Spurious Rewards" does this. advantage is [B]. tokens is int [B], the
+    number of each response's tokens in the loss, which is the weight of the response. The variance
+    is the one of OpenRLHF: biased and at least 1e-8. (verl and TRL use the unbiased variance, which
+    divides by one token less.) If all advantages are equal, the result is exactly 0. If response
+    lengths differ, the mean before whitening is not 0, so flat groups get an advantage too.
     """
     counted = advantage[tokens > 0]
     if not len(counted) or counted.amax() == counted.amin():
@@ -97,11 +105,12 @@ def aggregate(
 ) -> torch.Tensor:
     """This micro-batch's share of the mini-batch's mean: values [b, R], mask bool [b, R] -> scalar.
 
-    token_mean (DAPO, arXiv 2503.14476): the sum over tokens / normalizer, the mini-batch's tokens.
-    seq_mean (GRPO): the sum of the responses' means / normalizer, the mini-batch's responses.
-    constant (Dr. GRPO, arXiv 2503.20783): the sum over tokens / normalizer, responses x
-    max_new_tokens. The normalizer is the whole mini-batch's, so the gradient does not depend on
-    micro-batches.
+    token_mean  sum over tokens / tokens of the mini-batch: DAPO, arXiv 2503.14476
+    seq_mean    sum of the responses' means / responses of the mini-batch: GRPO
+    constant    sum over tokens / (responses x max_new_tokens): Dr. GRPO, arXiv 2503.20783
+
+    normalizer is the divisor. It covers the whole mini-batch, so the gradient does not depend on
+    the split into micro-batches.
     """
     values = values.masked_fill(~mask, 0.0)
     if loss_agg == "seq_mean":
@@ -112,10 +121,11 @@ def aggregate(
 def normalizer(
     mask_or_length: torch.Tensor, loss_agg: LossAgg, max_new_tokens: int | None = None
 ) -> float:
-    """What a mini-batch's loss is divided by, from its tokens in the loss per response, int [b].
+    """The divisor of a mini-batch's loss (see aggregate).
 
-    seq_mean counts the responses that have any, constant all of them; only constant reads
-    max_new_tokens.
+    mask_or_length is the mask of the tokens in the loss, bool [b, R], or their number per response,
+    int [b]. seq_mean counts only responses with tokens in the loss. constant counts all responses,
+    and only constant reads max_new_tokens.
     """
     tokens = mask_or_length.sum(1) if mask_or_length.dim() == 2 else mask_or_length
     if loss_agg == "constant":
@@ -142,19 +152,22 @@ def policy_loss(
     hoelder_p: float = 2.0,
     alignment: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """A clipped surrogate (see the top of this file) and what the clip did.
+    """Compute a clipped surrogate loss (see the top of this file) and the clip statistics.
 
-    logp (with gradient), old_logp [b, R]; advantage [b]; mask bool [b, R], the tokens in the loss;
-    normalizer: see aggregate. Of clip, `high` clips from above only, `low` from below only, `off`
-    not at all; cispo has its cap, an absolute ratio, instead. A sequence ratio stands at each of
-    its response's tokens, and loss_agg then does as with token ratios.
+    logp (with gradient) and old_logp are [b, R], advantage is [b], and mask is bool [b, R], the
+    tokens in the loss. For normalizer see aggregate. clip=high clips only from above, low only from
+    below, and off not at all. cispo uses its cap instead, which is an absolute ratio. A sequence
+    ratio is written to every token of its response and then aggregated like token ratios.
 
-    Returns the scalar loss and, summed over tokens: tokens, ratio, clip_low and clip_high (how many
-    were clipped: see clipped), prob_bins, clip_low_bins and clip_high_bins (int [BINS], the same by
-    old probability); ratio_max; and given alignment [b, R] (model.token_stats), clip_pull_low and
-    clip_pull_high (see clip_pull).
+    Returns the scalar loss and a dict of statistics. These are sums over tokens:
+      tokens, ratio
+      clip_low, clip_high                        number of clipped tokens (see clipped)
+      prob_bins, clip_low_bins, clip_high_bins   int [BINS], the same counts by old probability
+      clip_pull_low, clip_pull_high              see clip_pull; only if alignment [b, R] is given
+                                                 (from model.token_stats)
+    ratio_max is a maximum.
     """
-    # Masked before exp: a padding column may hold anything, and inf * 0 is nan.
+    # Mask before exp: a padding column can hold any value, and inf * 0 is nan.
     log_ratio = (logp - old_logp).masked_fill(~mask, 0.0)
     if loss in ("gspo", "hoelder"):
         ratio, share = sequence_ratio(log_ratio, mask, hoelder_p if loss == "hoelder" else 0.0)
@@ -175,7 +188,7 @@ def policy_loss(
         stats = {
             "tokens": counts.sum(),
             "ratio": ratio.masked_fill(~mask, 0.0).sum(),
-            "ratio_max": ratio.max(),  # masked columns hold a ratio of their row, or exactly 1
+            "ratio_max": ratio.max(),  # a masked column holds its row's ratio or exactly 1
             "clip_low": counts[2].sum(),
             "clip_high": counts[1].sum(),
             "prob_bins": counts.sum(0),
@@ -184,7 +197,7 @@ def policy_loss(
         }
         if alignment is not None:
             kept = cispo_cap if loss == "cispo" else 0.0
-            removed = (ratio - kept) * share * A  # [b, R], read at clipped tokens only
+            removed = (ratio - kept) * share * A  # [b, R], used at clipped tokens only
             stats["clip_pull_low"] = clip_pull(removed, alignment, below)
             stats["clip_pull_high"] = clip_pull(removed, alignment, above)
     return aggregate(-surrogate, mask, loss_agg, normalizer), stats
@@ -193,12 +206,13 @@ def policy_loss(
 def sequence_ratio(
     log_ratio: torch.Tensor, mask: torch.Tensor, p: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The power mean of a response's n token ratios, at each of its columns: [b, R] twice.
+    """Compute the power mean of each response's n token ratios, and each token's share in it.
 
-    rho = (mean_t R_t^p)^(1/p), as exp((logsumexp_t(p log R_t) - log n) / p); its limit at p = 0 is
-    the geometric mean. In float64: near 0 the difference is divided by a small p. A row without
-    tokens has rho = 1. The second is each token's share in it, n softmax_t(p log R_t), without
-    gradient: the n columns' sum n rho has the gradient rho share_t on logp_t.
+    Both results are [b, R]. The first is rho = (mean_t R_t^p)^(1/p) at every column, computed as
+    exp((logsumexp_t(p log R_t) - log n) / p). Its limit at p = 0 is the geometric mean. It is
+    computed in float64, because the difference is divided by p, which can be near 0. A row without
+    tokens has rho = 1. The second is share_t = n softmax_t(p log R_t), without gradient. The sum of
+    the n columns is n rho, and its gradient on logp_t is rho share_t.
     """
     inside = mask | ~mask.any(1, keepdim=True)  # [b, R]; log_ratio is 0 in an empty row
     n = inside.sum(1, keepdim=True).double()  # [b, 1]
@@ -218,38 +232,41 @@ def sequence_ratio(
 def clipped(
     ratio: torch.Tensor, A: torch.Tensor, mask: torch.Tensor, low: float, high: float, loss: Loss
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which tokens are clipped from above, and which from below: bool [b, R] each.
+    """Find the tokens that are clipped from above and those clipped from below: bool [b, R] each.
 
-    ratio [b, R], A [b, 1]. These lose their gradient: ratio > high and A > 0, or ratio < low and
-    A < 0; all tokens of a response together where the ratio is the response's. CISPO's are those
-    beyond the cap, whatever the sign of A (0 apart): their gradient is scaled down, none is lost.
+    ratio is [b, R], A is [b, 1]. A token loses its gradient if ratio > high and A > 0, or if
+    ratio < low and A < 0. With a sequence ratio this holds for all tokens of a response together.
+    For CISPO, a token counts as clipped if its ratio is above the cap and A is not 0, whatever the
+    sign of A. Such a token keeps its gradient, scaled down.
     """
     above, below = mask & (ratio > high), mask & (ratio < low)
     return above & ((A > 0) | (A != 0) & (loss == "cispo")), below & (A < 0)
 
 
 def clip_pull(removed: torch.Tensor, alignment: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """How far the clip of the chosen tokens pushed towards the likeliest token: a sum over them.
+    """How far clipping the chosen tokens pushed towards the likeliest token: a sum over them.
 
-    removed [b, R]: the factor of grad logp_t, for ascent, that the clip took away: R A for a token
-    ratio, rho share A for a sequence ratio, (R - cap) A for CISPO. On the logits z it removed
-    removed_t (e_y - pi), and log pi(top), top the likeliest token there, rises along e_top - pi. So
+    removed [b, R] is the factor of grad logp_t (for ascent) that the clip took away: R A for a
+    token ratio, rho share A for a sequence ratio, (R - cap) A for CISPO. On the logits z, the clip
+    took away removed_t (e_y - pi). Let top be the likeliest token at that position. The gradient of
+    log pi(top) is e_top - pi. The clip therefore adds to the ascent on log pi(top)
 
         pull = -removed_t <e_y - pi, e_top - pi>
 
-    is what the clip adds to the ascent on log pi(top), as alignment [b, R] is that inner product.
-    Positive: the clip helped the likeliest token.
+    where alignment [b, R] is the inner product. A positive pull means that the clip helped the
+    likeliest token. The pull weights every token equally, like token_mean.
     """
     return (-removed * alignment)[chosen].sum()
 
 
 def bins(old_logp: torch.Tensor, mask: torch.Tensor, kind: torch.Tensor) -> torch.Tensor:
-    """Tokens counted by old probability, in BINS equal bins: int64 [3, BINS].
+    """Count tokens by old probability in BINS equal bins: int64 [3, BINS].
 
-    Rows: kind 0 (not clipped), 1 (from above), 2 (from below); kind and old_logp [b, R].
+    Row 0 counts tokens that are not clipped (kind 0), row 1 those clipped from above (kind 1), and
+    row 2 those clipped from below (kind 2). kind and old_logp are [b, R].
     """
     index = (old_logp.exp() * BINS).long().clamp(0, BINS - 1) + BINS * kind
-    index = index.masked_fill(~mask, 3 * BINS)  # one more bin, for what is not in the loss
+    index = index.masked_fill(~mask, 3 * BINS)  # one extra bin for tokens outside the loss
     return torch.bincount(index.flatten(), minlength=3 * BINS + 1)[:-1].view(3, BINS)
 
 
@@ -257,12 +274,12 @@ def bins(old_logp: torch.Tensor, mask: torch.Tensor, kind: torch.Tensor) -> torc
 
 
 def kl(logp: torch.Tensor, ref_logp: torch.Tensor, kind: KLType = "k3") -> torch.Tensor:
-    """Estimators of KL(policy || reference) at each sampled token, same shape as logp.
+    """Estimate KL(policy || reference) at each sampled token. The result has the shape of logp.
 
     With d = ref_logp - logp (Schulman, "Approximating KL divergence", 2020):
-    k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1. As values, k1 and k3 are unbiased. As terms of a
-    loss they are something else: on-policy, k1's gradient has expectation 0, k2's is that of the
-    reverse KL, and k3's is neither (it is the forward KL's).
+    k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1. The values of k1 and k3 are unbiased. As terms of a
+    loss they act differently. On-policy, the expected gradient of k1 is 0, that of k2 is the
+    gradient of the reverse KL, and that of k3 is the gradient of the forward KL.
     """
     d = ref_logp - logp
     if kind == "k1":

@@ -1,4 +1,7 @@
-"""LoRA: the adapter layer, the base model under it, merged weights, and PEFT's format on disk."""
+"""LoRA: the adapter layer, the base model without it, and merged weights.
+
+harness/adapters.py reads and writes adapters in PEFT's format.
+"""
 
 import math
 from collections.abc import Iterator
@@ -12,19 +15,19 @@ from torch import nn
 from harness.errors import UserError
 from model import backbone
 
-# What decoding multiplies by: auto takes merged where memory has room for it.
+# The weights that decoding uses. auto means merged if memory has room for the copy, else adapter.
 RolloutWeights = Literal["auto", "merged", "adapter"]
 
 
 class LoRALinear(nn.Module):
-    """y = W x + (alpha / r) B A x, W frozen (Hu et al., arXiv 2106.09685).
+    """y = W x + (alpha / r) B A x with W frozen (Hu et al., arXiv 2106.09685).
 
-    A [r, in] starts kaiming-uniform, B [out, r] zero, so that the adapter is the identity at first.
-    Both are kept in fp32 and cast to the activations' type where they are used: an Adam step at
-    usual learning rates is smaller than half a bf16 step.
+    A [r, in] starts kaiming-uniform and B [out, r] starts at zero, so at first the adapter changes
+    nothing. Both are kept in fp32 and cast to the activations' type when used, because an Adam
+    step at usual learning rates is smaller than half a bf16 step.
 
-    enabled is False inside adapter_off, use_merged True inside `merged`. merged_weight [out, in] is
-    its copy of W + (alpha / r) B A in the computation's type, None where there is none.
+    enabled is False inside adapter_off. use_merged is True inside `merged`. merged_weight [out, in]
+    is a copy of W + (alpha / r) B A in the layer's computation type, or None if there is no copy.
     """
 
     def __init__(self, base: nn.Linear, r: int, alpha: float, generator: torch.Generator):
@@ -47,14 +50,15 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if not self.enabled:
             return y
-        low = F.linear(x, self.lora_A.to(x.dtype)) * self.scale  # [..., r], the small one to scale
+        low = F.linear(x, self.lora_A.to(x.dtype)) * self.scale  # [..., r], the smaller tensor
         B = self.lora_B.to(x.dtype)
-        # one pass over the large y, where a product and a sum would take two, and two backward
+        # addmm passes over the large y once. A product and a sum would pass over it twice, in the
+        # forward and in the backward pass.
         return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), B.t()).view(y.shape)
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Write W + (alpha / r) B A, summed in fp32, to merged_weight, in place if there is one."""
+        """Write W + (alpha / r) B A, summed in fp32, to merged_weight, in place if it exists."""
         weight, dtype = self.base.weight, computation_dtype(self.base)
         if hasattr(weight, "quant_state"):
             from bitsandbytes.functional import dequantize_4bit  # imported only for 4-bit layers
@@ -67,7 +71,7 @@ class LoRALinear(nn.Module):
 
 
 def computation_dtype(linear: nn.Linear) -> torch.dtype:
-    """The type in which a layer multiplies: a 4-bit one says so apart from its storage."""
+    """The type in which a layer multiplies. A 4-bit layer has it separate from its storage type."""
     weight = linear.weight
     if hasattr(weight, "quant_state"):
         return linear.compute_dtype or weight.quant_state.dtype
@@ -75,7 +79,10 @@ def computation_dtype(linear: nn.Linear) -> torch.dtype:
 
 
 def add_lora(model: nn.Module, r: int, alpha: float, seed: int = 0) -> None:
-    """Put a LoRA adapter on every linear layer but the head, in place."""
+    """Put a LoRA adapter on every linear layer except the head, in place.
+
+    Raises UserError if the model has no linear layers.
+    """
     generator = torch.Generator().manual_seed(seed)
     decoder = backbone(model)
     linears = [(name, m) for name, m in decoder.named_modules() if isinstance(m, nn.Linear)]
@@ -92,13 +99,16 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trainable parameters by name: the adapter's, or all of them in full training."""
+    """Trainable parameters by name: those of the adapter, or all parameters in full training."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """The base model: inside, every adapter is skipped. Reference policy and offline scores."""
+    """Skip every adapter inside this context, so that the model is the base model.
+
+    It is used for the reference policy and for scores by the base model.
+    """
     layers = lora_layers(model).values()
     for layer in layers:
         layer.enabled = False
@@ -114,16 +124,17 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def merged(model: nn.Module, free: bool = False) -> Iterator[None]:
-    """For decoding: inside, an adapter layer multiplies once, by a copy of W + (alpha / r) B A.
+    """For decoding: each adapter layer multiplies once inside, by a copy of W + (alpha / r) B A.
 
-    The copies are written anew on entering, from the weights as they stand, in place: their
-    addresses stay, so a CUDA graph captured over them stays valid as the weights change. free=True
-    drops them on leaving (and with them such a graph). They are never re-quantised and never reach
-    the stored base: outside, and inside adapter_off, everything is as it would be without them.
+    On entering, the copies are written again from the current weights, in place. Their addresses do
+    not change, so a CUDA graph captured over them stays valid when the weights change. free=True
+    drops the copies on leaving, which makes such a graph invalid. The copies are never quantised
+    again and never change the stored base weights. Outside, and inside adapter_off, they have no
+    effect.
 
-    A and B get no gradients inside. Without adapters, or with them off, it does nothing. In bf16
-    merging moves the sampler a little off the scored policy: the mean and the largest |sampler logp
-    - old_logp| are logged every step (sampler_gap, sampler_gap_max).
+    A and B get no gradients inside. Without adapters, or with adapters off, this does nothing. In
+    bf16, merging moves the sampler slightly away from the scored policy. Every step logs the mean
+    and the largest |sampler logp - old_logp| as sampler_gap and sampler_gap_max.
     """
     layers = lora_layers(model).values()
     try:
@@ -132,7 +143,7 @@ def merged(model: nn.Module, free: bool = False) -> Iterator[None]:
             layer.use_merged = True
         yield
     except torch.OutOfMemoryError:
-        free = True  # what follows may need the room
+        free = True  # the caller may need the memory
         raise
     finally:
         for layer in layers:
@@ -142,7 +153,10 @@ def merged(model: nn.Module, free: bool = False) -> Iterator[None]:
 
 
 def weights_address(model: nn.Module) -> tuple:
-    """Which weights a forward multiplies by now: while this stays, so does a captured graph."""
+    """Identify the weights that a forward pass uses now.
+
+    A captured graph stays valid as long as this value stays the same.
+    """
     layers = lora_layers(model).values()
     return tuple(
         (x.enabled, x.use_merged, None if x.merged_weight is None else x.merged_weight.data_ptr())

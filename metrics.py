@@ -1,4 +1,4 @@
-"""What is logged of a step: every reward at weight 0, habits, what the sampler and the base say."""
+"""The metrics of a step: rewards, habits of the responses, clip, sampler and base policy."""
 
 import math
 from pathlib import Path
@@ -22,14 +22,15 @@ def describe(
     watched: list[Reward],
     failed: set[str],
 ) -> dict:
-    """The step's metrics that the rollouts alone decide, before any update.
+    """Compute the metrics of a step that depend only on its rollouts, before any update.
 
-    reward float32 [B] is the trained one; rounding float32 [P] is its error (rewards.rounding).
-    For it and, under its own name, for each watched reward whose inputs are there: mean, group std
-    (unbiased, mean over groups), share of flat groups, and AUROC against correctness (None where
-    all or none are right). A watched reward that fails is logged as None, with one warning; failed
-    holds the names that were warned of. What only the base policy knows is None where it was not
-    asked.
+    reward float32 [B] is the trained reward, and rounding float32 [P] is its rounding error
+    (rewards.rounding). The metrics have, for this reward and for each watched reward whose inputs
+    exist: the mean, the group std (unbiased, averaged over groups), the share of flat groups, and
+    the AUROC against correctness (None if all or no responses are right). The keys of a watched
+    reward start with its own name. A watched reward that fails is logged as None, with one warning;
+    failed holds the names that were already warned about. Metrics that need the base policy are
+    None if it did not score this step.
     """
     tokens = r.length.sum().item()
     correct = torch.tensor(answers.correct(r.text, r.problem))
@@ -58,20 +59,20 @@ def describe(
         "sampler_gap_max": gap.max().item(),
     }
     for one in watched:
-        if one.missing(r) in ([], ["base_self_certainty"]):  # base_every spares the base model
+        if one.missing(r) in ([], ["base_self_certainty"]):  # base_every may skip the base
             summary = watch(one, r, correct, failed)
             metrics |= {f"{one}/{name}": value for name, value in summary.items()}
     return metrics | {"grader_timeouts": grading.grader().timeouts}
 
 
 def watch(one: Reward, r: Rollouts, correct: torch.Tensor, failed: set[str]) -> dict:
-    """summarize_reward of a watched reward; None for each figure where it cannot be computed."""
+    """summarize_reward of a watched reward, with None for each figure if it cannot be computed."""
     nothing = dict.fromkeys(("mean", "std", "flat", "auroc"))
     if one.missing(r):
         return nothing
     try:
         return summarize_reward(one(r), correct, r.group_size)
-    except Exception as error:  # whatever a reward does, it must not stop a run that trains another
+    except Exception as error:  # a failing watched reward must not stop the run
         if str(one) not in failed:
             failed.add(str(one))
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -80,10 +81,11 @@ def watch(one: Reward, r: Rollouts, correct: torch.Tensor, failed: set[str]) -> 
 
 
 def describe_clip(stats: list[dict[str, torch.Tensor]]) -> dict:
-    """What grpo.policy_loss returned over a step's micro-batches, as means over its tokens.
+    """Average the statistics of grpo.policy_loss over the tokens of a step's micro-batches.
 
-    The three *_bins are lists by old probability, 0 to 1: the share of the tokens in each bin, and
-    of each bin's own tokens those clipped (None where it has none).
+    The three *_bins are lists by old probability from 0 to 1. prob_bins is the share of all tokens
+    in each bin. The other two are the share of a bin's tokens that were clipped (None if the bin is
+    empty).
     """
     total = {key: torch.stack([s[key].double() for s in stats]) for key in stats[0]}
     largest = total.pop("ratio_max").max().item()
@@ -119,7 +121,7 @@ def summarize_reward(value: torch.Tensor, correct: torch.Tensor, group_size: int
 def sample_log(
     r: Rollouts, reward: torch.Tensor, advantage: torch.Tensor, n: int = 4
 ) -> list[dict]:
-    """n responses of the step, evenly spread over its rows."""
+    """Choose n responses of the step for the log, evenly spread over its rows."""
     rows = np.linspace(0, len(r.text) - 1, min(n, len(r.text))).round().astype(int).tolist()
     return [
         {
@@ -137,7 +139,7 @@ def sample_log(
 
 
 def summary_table(history: list[dict], folder: Path) -> None:
-    """Print where the run began and ended."""
+    """Print the first and the last value of the main metrics."""
     steps = [m for m in history if "reward" in m]
     evals = [m for m in history if "eval_accuracy" in m]
     print(f"\n{'':<24}{'first':>10}{'last':>10}")

@@ -1,7 +1,7 @@
 """Score tokens under a causal LM: log-probability, entropy, self-certainty.
 
-The forward pass is transformers' own. The head, in fp32 and in chunks, is ours.
-harness/loading.py loads models.
+The layers are run by transformers. This file computes the head itself, in fp32 and in chunks.
+Models are loaded in harness/loading.py.
 """
 
 import math
@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from harness.errors import UserError
 
-# fp32 logits held at once by token_stats, in elements: 64 MB, whatever the vocabulary (backward
-# holds some five times as much).
+# Number of fp32 logits that token_stats holds at once: 64 MB for every vocabulary. The backward
+# pass holds about five times as much.
 LOGITS_CHUNK = 2**24
-# Rows of a bf16 head that the CPU makes fp32 at once: 4 to 14 MB.
+# Rows of a bf16 head that the CPU converts to fp32 at once: 4 to 14 MB.
 HEAD_ROWS = 1024
 
 
@@ -27,16 +27,16 @@ def backbone(model: nn.Module) -> nn.Module:
 
 
 def head(model: nn.Module) -> nn.Module:
-    """The output layer: hidden [..., H] -> logits [..., V]; V may exceed the tokenizer's size."""
+    """The output layer: hidden [..., H] -> logits [..., V]. V can exceed the tokenizer's size."""
     return model.get_output_embeddings()
 
 
 def logits(model_head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """float32 [n, V] of hidden states [n, H]: summed up in fp32 and never rounded to bf16.
+    """Logits float32 [n, V] of hidden states [n, H], summed in fp32 and never rounded to bf16.
 
-    In bf16 a logit between 16 and 32 stands on a grid of 0.125, so one rounding flip would move a
-    ratio by 13 %, more than the clip allows. Scores, update and sampler all take their logits from
-    here. The gradient reaches hidden and, where they are trained, weight and bias.
+    A bf16 logit between 16 and 32 is a multiple of 0.125. One step of that grid would move a ratio
+    by 13 %, which is large next to the clip range. Scoring, update and sampler all use this
+    function. The gradient flows to hidden and, if they are trained, to weight and bias.
     """
     weight = model_head.weight
     if weight.dtype == torch.float32 or type(model_head) is not nn.Linear:
@@ -45,20 +45,22 @@ def logits(model_head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def rounding_error(model: nn.Module) -> float:
-    """About how far rounding moves the log-probability of a token, in nats.
+    """Estimate how far rounding moves the log-probability of a token, in nats.
 
-    The unit roundoff of the forward pass times log V, the scale of the logits: 0.05 for bf16 and
-    150,000 tokens, three to six times what tools.noise measures on real models.
+    The estimate is the unit roundoff of the forward pass times log V, the scale of the logits. It
+    is 0.05 for bf16 and 150,000 tokens, which is three to six times the error that tools.noise
+    measures on real models.
     """
     vocabulary = head(model).weight.shape[0]
     return torch.finfo(model.dtype).eps / 2 * math.log(vocabulary)
 
 
 class _Float32Logits(torch.autograd.Function):
-    """h W^T + b in fp32 of bf16 or fp16 h [n, H], W [V, H], b [V] or None.
+    """Compute h W^T + b in fp32 from bf16 or fp16 h [n, H], W [V, H] and b [V] or None.
 
-    CUDA multiplies such inputs into fp32 itself. Elsewhere a few rows of W at a time are made fp32,
-    which is exact, costs no second head, and is as fast as one from some eight rows on.
+    CUDA can multiply such inputs with fp32 output. Elsewhere HEAD_ROWS rows of W at a time are
+    converted to fp32. This is exact and needs no fp32 copy of the head. From about eight rows of h
+    on, it is as fast as a multiplication by such a copy.
     """
 
     @staticmethod
@@ -77,7 +79,7 @@ class _Float32Logits(torch.autograd.Function):
     def backward(ctx, grad):  # [n, V] fp32
         h, weight = ctx.saved_tensors
         to_h = to_weight = to_bias = None
-        narrow = grad.to(h.dtype) if ctx.on_cuda else None  # one rounding, as of any bf16 gradient
+        narrow = grad.to(h.dtype) if ctx.on_cuda else None  # rounded once, like any bf16 gradient
         if ctx.needs_input_grad[0]:
             if ctx.on_cuda:
                 to_h = torch.mm(narrow, weight, out_dtype=torch.float32)
@@ -98,11 +100,12 @@ class _Float32Logits(torch.autograd.Function):
 
 
 def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a response: the tokenizer's, the generation config's, the model
-    config's, and those that the chat template puts behind a turn of the assistant.
+    """Collect every token that ends a response.
 
-    A base model behind its chat template may close with either the document's or the turn's token,
-    and its configuration often names only one of them. UserError where there is none at all.
+    These are the end tokens of the tokenizer, the generation config and the model config, and the
+    tokens that the chat template writes after an assistant turn. A base model with a chat template
+    may end with the document's or the turn's end token, and its configuration often names only one
+    of them. Raises UserError if there is no end token.
     """
     ids = set(turn_end_ids(tokenizer))
     for source in (tokenizer, getattr(model, "generation_config", None), model.config):
@@ -114,11 +117,12 @@ def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def turn_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that the chat template puts behind a turn of the assistant; [] without one.
+    """The tokens that the chat template writes after an assistant turn; [] without a template.
 
-    Only tokens that were added to the vocabulary count, as plain text such as a line break stands
-    in responses, too. Where a template closes the turn only before another one, the first added
-    token behind it counts. A template that cannot write such a conversation has none.
+    Only tokens that were added to the vocabulary count, because plain text such as a line break
+    also occurs within responses. Some templates close a turn only if another turn follows. For
+    these, the first added token after the turn counts. The result is [] for a template that cannot
+    write such a conversation.
     """
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
     added |= set(tokenizer.all_special_ids)
@@ -128,7 +132,7 @@ def turn_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     for messages, most in ((chat, None), ([*chat, user], 1)):
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False)
-        except Exception:  # no template, or one that raises: foreign code, run in a sandbox
+        except Exception:  # no template, or it raises (foreign code, run in a sandbox)
             return []
         _, found, behind = text.rpartition(answer)
         ids = tokenizer(behind if found else "", add_special_tokens=False)["input_ids"]
@@ -140,9 +144,9 @@ def turn_end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def checkpoint_activations(model: nn.Module) -> None:
     """Recompute each layer in backward instead of keeping its activations (gradient checkpointing).
 
-    Non-reentrant, so that it works although the embeddings need no gradient.
+    It is non-reentrant, because the reentrant form fails if the embeddings need no gradient.
     """
-    # transformers renamed it; the releases we run on have one or the other.
+    # transformers renamed this method. Each supported release has one of the two names.
     old = "gradient_checkpointing_enable"
     getattr(model, "activation_checkpointing_enable", getattr(model, old))({"use_reentrant": False})
 
@@ -152,10 +156,10 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 @dataclass
 class TokenStats:
-    """Per response token, float32 [B, R], 0 beyond each response's length.
+    """Statistics per response token, float32 [B, R], 0 beyond each response's length.
 
-    logp: log-probability of the token; entropy: H(p), nats; self_certainty: KL(U || p), nats;
-    alignment: see token_stats. All but logp are None unless asked for.
+    logp is the log-probability of the token, entropy is H(p), and self_certainty is KL(U || p), all
+    in nats. For alignment see token_stats. All except logp are None unless they were requested.
     """
 
     logp: torch.Tensor
@@ -173,29 +177,30 @@ def token_stats(
     also: tuple[str, ...] = ("entropy", "self_certainty"),
     chunk: int | None = None,
 ) -> TokenStats:
-    """Score response tokens under the model, without ever holding more than a chunk of logits.
+    """Score response tokens under the model, holding only one chunk of logits at a time.
 
-    tokens int64 [B, T]: right-padded prompt + response; prompt_len, length int64 [B]: tokens of
-    each. Column j of the result is token prompt_len + j, so it is read from the logits one position
-    earlier. Distributions are softmax(logits / temperature) over all rows of the head, in fp32
-    from the logits on (see logits):
+    tokens is int64 [B, T], right-padded prompt + response. prompt_len and length are int64 [B], the
+    number of tokens of prompt and response. Column j of the result belongs to token prompt_len + j
+    and comes from the logits one position earlier. The distribution is p = softmax(z) with
+    z = logits / temperature, over all rows of the head. It is computed in fp32 (see logits):
 
         entropy        H(p)       = -sum_v p_v log p_v       with log p = z - logsumexp(z)
         self_certainty KL(U || p) = logsumexp(z) - mean_v z_v - log V    (arXiv 2505.19590, eq. 2)
         alignment      <e_y - p, e_top - p> = [y = top] - p_top - p_y + sum_v p_v^2
 
-    alignment, with top the likeliest token, says how a step up grad_z log p_y moves log p_top
-    (grpo.clip_pull). also: which of these to compute beside logp. logp is the same to the bit
-    whatever it is, and with or without gradients: so the first ratio of a step is exactly 1. chunk:
-    tokens whose logits are held at once, forward and backward; by default LOGITS_CHUNK / V.
+    Here top is the likeliest token. alignment tells how a step along grad_z log p_y moves log p_top
+    (see grpo.clip_pull). also names the statistics to compute besides logp. logp is bit for bit
+    identical for every choice of also, with and without gradients, so the first ratio of a step is
+    exactly 1. chunk is the number of tokens whose logits are held at once, forward and backward. By
+    default it is LOGITS_CHUNK / V.
     """
     T = int((prompt_len + length).max())
     R = int(length.max())
     tokens = tokens[:, :T]
-    # No attention mask: padding stands to the right, where a causal model never looks.
+    # No attention mask is needed: a causal model never attends to the padding on the right.
     hidden = backbone(model)(tokens, use_cache=False).last_hidden_state  # [B, T, H]
     mask = torch.arange(R, device=tokens.device) < length[:, None]  # [B, R]
-    row, column = mask.nonzero(as_tuple=True)  # [N] each; N response tokens, padding left behind
+    row, column = mask.nonzero(as_tuple=True)  # [N] each, for N response tokens without padding
     position = prompt_len[row] + column
     hidden = hidden[row, position - 1]  # [N, H], the states that predict the response
     target = tokens[row, position]  # [N]
@@ -205,7 +210,7 @@ def token_stats(
     parts = []
     for h, y in zip(hidden.split(chunk), target.split(chunk), strict=True):
         if torch.is_grad_enabled() and hidden.requires_grad:
-            # The chunk's logits are computed again in backward instead of being kept.
+            # Recompute the chunk's logits in backward instead of keeping them.
             part = checkpoint(_chunk_stats, output, h, y, temperature, also, use_reentrant=False)
         else:
             part = _chunk_stats(output, h, y, temperature, also)
@@ -223,17 +228,17 @@ def token_stats(
 def _chunk_stats(
     output: nn.Module, h: torch.Tensor, y: torch.Tensor, temperature: float, also: tuple[str, ...]
 ) -> tuple[torch.Tensor | None, ...]:
-    """TokenStats' fields for n tokens, [n] each, from hidden states h [n, H]."""
+    """The fields of TokenStats for n tokens, [n] each, from hidden states h [n, H]."""
     z = logits(output, h)  # [n, V]
     if temperature != 1.0:
         z = z / temperature
     lse = z.logsumexp(-1)  # [n]
     logp = z.gather(-1, y[:, None])[:, 0] - lse
     entropy = certainty = alignment = None
-    with torch.no_grad():  # behind logp, so that backward's second forward stops before it
+    with torch.no_grad():  # after logp, so the recomputation in backward can stop before this
         if "entropy" in also:
             log_p = z - lse[:, None]
-            entropy = -(log_p.exp() * log_p).sum(-1)  # lse - sum p z would cancel where H is small
+            entropy = -(log_p.exp() * log_p).sum(-1)  # lse - sum p z cancels at small H
         if "self_certainty" in also:
             certainty = lse - z.mean(-1) - math.log(z.shape[-1])
         if "alignment" in also:

@@ -8,16 +8,16 @@ A new reward is one function of a `Rollouts` (data.py) that returns float32 [B]:
     def asks(rollouts) -> Tensor:
         return _float("?" in text for text in rollouts.text)
 
-It may take parameters, `asks(3)` or `asks(n=3)` in an expression. Fields that not all rollouts have
-(`label`, `self_certainty`, ...) are named in `needs`: training fills them, or says what is missing.
-No reward sees the model.
+It may take parameters, written `asks(3)` or `asks(n=3)` in an expression. Some rollouts lack some
+fields (`label`, `self_certainty`, ...). A reward that reads such a field names it in `needs`. Then
+training fills the field or reports that it is missing. No reward sees the model.
 
-`text` has no special tokens, whatever the reward. `raw_text` keeps them, such as a <think> that is
-one: name it in `needs`, since saved completions do not have it.
+`text` never contains special tokens. `raw_text` keeps them, for example a <think> that is a special
+token. Name `raw_text` in `needs`, because saved completions do not have it.
 
-SR = "Spurious Rewards", arXiv 2506.10947; INT = INTUITOR, arXiv 2505.19590. What a model says of a
-token is read from softmax(z / T) at the temperature T of sampling, over all rows of the head, from
-the logits one position earlier; the end token counts (model.token_stats).
+SR = "Spurious Rewards", arXiv 2506.10947; INT = INTUITOR, arXiv 2505.19590. The statistics of a
+token come from softmax(z / T) over all rows of the head, where T is the sampling temperature and z
+are the logits one position earlier. The end token counts as a token (see model.token_stats).
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ from harness import expressions
 from harness.expressions import Entry, Reward
 from tasks import answers
 
-RANDOM = 201  # first key of the random reward's stream: no other use of the seed shares it
+RANDOM = 201  # first key of the random reward's stream; nothing else uses this key
 REGISTRY: dict[str, Entry] = {}
-# Logged at weight 0 beside every reward by its defaults, where their inputs are there.
+# Variants that are logged but not trained on, besides every reward with its default parameters. A
+# variant is logged only if its inputs exist.
 VARIANTS = ("majority(online)", "self_certainty(base)", "neg_entropy(sum)", "logp(mean)")
 
 
@@ -48,7 +49,10 @@ def reward(
     needs: tuple[str, ...] | Callable[..., tuple[str, ...]] = (),
     bounds: dict[str, tuple[float, float]] | None = None,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Register the decorated function under its own name (see expressions.Entry)."""
+    """Register the decorated function under its own name (see Entry in harness/expressions.py).
+
+    Raises ValueError if two rewards have the same name.
+    """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         name = function.__name__.rstrip("_")  # `format_` and `random_` leave Python's own alone
@@ -61,12 +65,12 @@ def reward(
 
 
 def parse(expression: str) -> Reward:
-    """The reward an expression stands for. Raises UserError, naming what is wrong in it."""
+    """Parse an expression into a reward. Raises UserError that names the mistake."""
     return expressions.parse(expression, REGISTRY)
 
 
 def watched() -> list[Reward]:
-    """Every reward by its defaults, and VARIANTS: what is logged beside the trained one."""
+    """The rewards that are logged besides the trained one: every reward's default, and VARIANTS."""
     plain = [n for n, e in REGISTRY.items() if all(p.default is not p.empty for p in e.parameters)]
     return [parse(expression) for expression in (*plain, *VARIANTS)]
 
@@ -93,7 +97,7 @@ def majority(rollouts, label: Literal["offline", "online"] = "offline") -> Tenso
     if label == "offline":
         return _float(answers.correct(rollouts.text, rollouts.problem, rollouts.label))
     cluster, prompt = _clusters(rollouts), rollouts.prompt_index
-    # The largest cluster of each group; of equal ones the first to appear, as its number is less.
+    # Rank clusters by size. Among clusters of equal size the first one wins: its number is lower.
     rank = _sizes(cluster) * (len(cluster) + 1) - cluster  # [B]
     best = torch.zeros(int(prompt.max()) + 1).long().scatter_reduce(0, prompt, rank, "amax")
     return ((rank == best[prompt]) & (cluster >= 0)).float()
@@ -134,8 +138,8 @@ def semantic_entropy(rollouts) -> Tensor:
 
 
 def _clusters(rollouts) -> Tensor:
-    """int64 [B]: the first row of the group with an equivalent answer, -1 without an answer."""
-    if rollouts.cluster is None:  # several rewards ask
+    """int64 [B]: the first row of the group with an equivalent answer; -1 for no answer."""
+    if rollouts.cluster is None:  # computed once, since several rewards use it
         found = answers.found(rollouts.text, rollouts.problem)
         clusters = grading.clusters(found, rollouts.prompt_index.tolist())
         rollouts.cluster = torch.tensor(clusters)
@@ -143,8 +147,8 @@ def _clusters(rollouts) -> Tensor:
 
 
 def _sizes(cluster: Tensor) -> Tensor:
-    """int64 [B]: the number of rows in each row's cluster, 0 where it has none (-1)."""
-    counts = torch.bincount(cluster.clamp(min=0), weights=(cluster >= 0).double())  # one a row
+    """int64 [B]: the size of each row's cluster; 0 for a row without a cluster (-1)."""
+    counts = torch.bincount(cluster.clamp(min=0), weights=(cluster >= 0).double())  # by cluster
     return counts[cluster.clamp(min=0)].long() * (cluster >= 0)
 
 
@@ -195,10 +199,11 @@ def constant(rollouts, c: float = 1.0) -> Tensor:
 
 
 def _repeats(text: str, shortest: int = 10, longest: int = 256, times: int = 10) -> bool:
-    """Whether a pattern of shortest to longest characters stands `times` in a row in the text.
+    """Whether some pattern of shortest to longest characters occurs `times` times in a row.
 
-    With period d, text[i] == text[i + d] along (times - 1) d characters. Every d-th of these
-    comparisons is made first: only where times - 1 of them in a row hold is it worth the rest.
+    A pattern of d characters means that text[i] == text[i + d] for (times - 1) d consecutive i. For
+    speed, only every d-th comparison is made first. The full check follows only if times - 1 of
+    these in a row hold.
     """
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
     for d in range(shortest, min(longest, len(codes) // times) + 1):
@@ -256,25 +261,26 @@ def cross_model(rollouts, path: str = "default") -> Tensor:
 
 
 def _over_tokens(rollouts, values: Tensor, over: str) -> Tensor:
-    """Sum or mean of values [B, R] over each response's tokens: float32 [B]; 0 without tokens."""
+    """Sum or mean of values [B, R] over each response's tokens: float32 [B]; 0 for no tokens."""
     total = (values * rollouts.mask).sum(1)
     return total if over == "sum" else total / rollouts.mask.sum(1).clamp(min=1)
 
 
-# ---- how well a reward tells right from wrong, and how exactly it is known
+# ---- rounding error of a reward, and how well it separates right from wrong responses
 
 
-SCORES = ("logp", "entropy", "self_certainty", "base_self_certainty")  # [B, R], of a forward pass
+SCORES = ("logp", "entropy", "self_certainty", "base_self_certainty")  # [B, R], from a forward pass
 
 
 def rounding(reward: Reward, rollouts, error: float) -> Tensor:
-    """How far apart the rewards of a group may lie by rounding alone: float32 [P].
+    """How far apart the rewards of a group can lie because of rounding alone: float32 [P].
 
-    error: rounding error of a token's score, in nats (model.rounding_error). The reward is computed
-    anew four times from scores that each moved by the error, up or down at random, and the bound is
-    three times the root mean square of the group's changes. So a mean over n tokens is known to
-    about error / sqrt(n), a sum to error x sqrt(n), and any expression as it combines them. 0 for a
-    reward that reads no scores.
+    error is the rounding error of a token's score, in nats (model.rounding_error). The reward is
+    computed four more times, each time from scores that are moved up or down by the error at
+    random. The bound is three times the root mean square of the changes in the group. The error of
+    a mean over n tokens is therefore about error / sqrt(n), the error of a sum about
+    error x sqrt(n), and an expression combines these errors as it combines its terms. The result is
+    0 for a reward that reads no scores.
     """
     groups = len(rollouts.text) // rollouts.group_size
     scored = [n for n in SCORES if n in reward.needs]
@@ -285,14 +291,14 @@ def rounding(reward: Reward, rollouts, error: float) -> Tensor:
 
     def moved(values: Tensor, size: Tensor | float) -> Tensor:
         signs = torch.randint(0, 2, values.shape, generator=generator) * 2 - 1
-        return values + signs * (size + 2**-24 * values.abs())  # and of fp32 itself
+        return values + signs * (size + 2**-24 * values.abs())  # plus fp32 rounding
 
     value, changes = reward(rollouts), []
     for _ in range(4):
         other = copy.copy(rollouts)
         for name in scored:
             setattr(other, name, moved(getattr(rollouts, name), error))
-        mean_error = error / rollouts.length.clamp(min=1).sqrt()  # [B], of a mean over its tokens
+        mean_error = error / rollouts.length.clamp(min=1).sqrt()  # [B], error of a mean over tokens
         means = {name: moved(rollouts.cross_logp[name], mean_error) for name in second}
         other.cross_logp = rollouts.cross_logp | means
         changes.append(reward(other) - value)
@@ -301,10 +307,11 @@ def rounding(reward: Reward, rollouts, error: float) -> Tensor:
 
 
 def auroc(score: np.ndarray, label: np.ndarray) -> float:
-    """P(score of a positive > score of a negative), a tie counting half; nan without both.
+    """P(score of a positive > score of a negative), where a tie counts half.
 
-    By ranks, ties averaged: (sum of the positives' ranks - n+ (n+ + 1) / 2) / (n+ n-), which is
-    the Mann-Whitney U over n+ n-. `label` is bool [n].
+    Returns nan if there are no positives or no negatives. `score` is [n], `label` bool [n]. It is
+    computed from ranks, with ties averaged, as the Mann-Whitney U over n+ n-:
+    (sum of the positives' ranks - n+ (n+ + 1) / 2) / (n+ n-).
     """
     label = np.asarray(label, dtype=bool)
     _, which, counts = np.unique(np.asarray(score), return_inverse=True, return_counts=True)

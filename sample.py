@@ -1,10 +1,10 @@
-"""Look at what a model writes: base and trained side by side, on one question.
+"""Show what a model writes: base and trained side by side, on one question.
 
     python sample.py --run=out/random_reward-tiny-seed0 --row=7
     python sample.py --run=out/random_reward-tiny-seed0 --question="Start: 7 add 5?" --n=3
     python sample.py --model=Qwen/Qwen2.5-Math-1.5B --question="What is 2^10?"
 
-Both columns use the same random numbers, so they differ only where training made them differ.
+Both columns use the same random numbers, so only training can make them differ.
 """
 
 import shutil
@@ -33,28 +33,28 @@ class SampleConfig:
     """Show what a model writes, base and trained side by side."""
 
     # Which models
-    run: str = ""  # folder of a training run: its base model and what came of it
-    model: str = ""  # hub id, folder, or tiny / tiny_bad; alone, or the adapter's base
+    run: str = ""  # folder of a training run; shows its base model and its trained model
+    model: str = ""  # hub id, folder, or tiny / tiny_bad; shown alone, or the adapter's base
     adapter: str = ""  # folder of an adapter in PEFT's format, put on its base model
-    quant: Literal["none", "nf4"] = "none"  # 4-bit weights; not typed: as the adapter records it
+    quant: Literal["none", "nf4"] = "none"  # nf4: 4-bit weights; not given: as in the adapter
     # What they are asked
-    question: str = ""  # "" = take a row of the data
+    question: str = ""  # "" = use a row of the data
     data: str = "math500"  # math500, gsm8k, a .jsonl file, a folder, a hub id, tiny
-    row: int = 0  # which row of it, from 0
-    prompt: str = "qwen_math"  # prompt format: qwen_math, simplerl, none
+    row: int = 0  # number of the row, from 0
+    prompt: str = "qwen_math"  # prompt format: qwen_math, simplerl, math_problem, none
     # How they answer
-    n: int = 1  # answers of each
+    n: int = 1  # answers per model
     temperature: float = 1.0  # 0 = greedy
     top_p: float = 1.0  # nucleus sampling, 1 = off
     top_k: int = 0  # sample from the k likeliest tokens, 0 = off
-    max_new_tokens: int = 1024  # response budget, tokens; less where the model has no more room
-    seed: int = 0  # of the samples
-    device: str = "auto"  # auto = cuda where there is one, else cpu
+    max_new_tokens: int = 1024  # longest response, in tokens; less if the model's positions end
+    seed: int = 0  # seed of the samples
+    device: str = "auto"  # auto = cuda if available, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = bfloat16 on cuda, else float32
 
 
 def fill(cfg: SampleConfig, given: dict) -> SampleConfig:
-    """What was not typed, from the run's config.json, or for the tiny world as it needs it."""
+    """Fill in the settings that were not given, from the run's config.json or for the tiny task."""
     if cfg.adapter and not cfg.run:
         cfg = over_its_base(cfg, given)
     values = {}
@@ -70,12 +70,12 @@ def fill(cfg: SampleConfig, given: dict) -> SampleConfig:
 
 
 def printable(text: str) -> str:
-    """Text that cannot play tricks on the terminal; only newlines keep their meaning."""
+    """Replace characters that could control the terminal. Newlines stay, tabs become spaces."""
     return "".join(c if c == "\n" or c.isprintable() else "�" for c in text.expandtabs(4))
 
 
 def side_by_side(columns: list[str], width: int) -> str:
-    """Columns of text next to each other in `width` characters, wrapped, their newlines kept."""
+    """Put columns of text side by side within `width` characters. Lines wrap, newlines stay."""
     each = max(16, (width - 3 * (len(columns) - 1)) // len(columns))
     wrapped = []
     for text in columns:
@@ -87,7 +87,7 @@ def side_by_side(columns: list[str], width: int) -> str:
 
 
 def verdict(text: str, gold: str, finished: bool) -> str:
-    """The extracted answer and, where the gold one is known, whether it is right."""
+    """The extracted answer and, if the gold answer is known, whether it is right."""
     answer = grading.last_boxed(text)
     right = f", {'right' if grading.correct([text], [gold])[0] else 'wrong'}" if gold else ""
     cut = "" if finished else ", cut off"
@@ -97,7 +97,10 @@ def verdict(text: str, gold: str, finished: bool) -> str:
 def answer(
     model, tokenizer, ids: list[int], cfg: SampleConfig, name: str
 ) -> list[tuple[str, bool]]:
-    """cfg.n answers to a prompt's token ids: [(text, whether it ended in time)]."""
+    """Sample cfg.n answers to a prompt's token ids: [(text, whether it ended in time)].
+
+    Raises UserError if the prompt leaves no room for an answer.
+    """
     room = getattr(model.config, "max_position_embeddings", None) or len(ids) + cfg.max_new_tokens
     budget = min(cfg.max_new_tokens, room - len(ids))
     if budget < 1:
@@ -136,9 +139,9 @@ def main(argv: list[str]) -> None:
     model, tokenizer = load_for_eval(cfg)
     [(_, ids)], _ = prepare([problem], cfg.prompt, tokenizer, 2**31)
 
-    with adapter_off(model):  # which there may not be
+    with adapter_off(model):  # has no effect without an adapter
         columns = {"base": answer(model, tokenizer, ids, cfg, "base")}
-    if cfg.run and not cfg.adapter:  # full training: a model of its own
+    if cfg.run and not cfg.adapter:  # full training saves a whole model
         weights = next(model.parameters())
         name = str(Path(cfg.run) / "model")
         if warning := stale(name):

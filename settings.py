@@ -1,4 +1,4 @@
-"""Every knob of a training run, which scale a machine gets, and settings that cannot work."""
+"""The settings of a training run, and the checks for settings that cannot work together."""
 
 import math
 from dataclasses import dataclass, replace
@@ -14,73 +14,76 @@ from lora import RolloutWeights
 
 @dataclass
 class Config:
-    """Every knob of a training run; the defaults are the papers', the learning rate excepted."""
+    """The settings of a training run. The defaults are the papers', except the learning rate."""
 
     # Model
     model: str = "Qwen/Qwen2.5-Math-1.5B"  # hub id, local folder, or tiny / tiny_bad
-    quant: Literal["none", "nf4"] = "nf4"  # 4-bit weights through bitsandbytes, or plain ones
-    lora_r: int = 32  # rank of the adapter; 0 trains all weights (quant=none, float32)
+    quant: Literal["none", "nf4"] = "nf4"  # nf4: 4-bit weights (bitsandbytes)
+    lora_r: int = 32  # rank of the adapter; 0 trains all weights (needs quant=none, float32)
     lora_alpha: int = 64  # the adapter is scaled by alpha / r
-    gradient_checkpointing: bool = True  # recompute activations in backward: less memory, slower
+    gradient_checkpointing: bool = True  # recompute activations in backward; saves memory, slower
     # Data
     train_data: str = "deepscaler"  # deepscaler, math_train, gsm8k, tiny, a file, folder or hub id
-    eval_data: str = "math500"  # likewise; its problems are dropped from train_data
-    keep_duplicates: bool = False  # use every row of train_data; else each distinct problem once
-    one_shot: str = ""  # train on one problem: its id, a piece of its text, or pi_1 (2504.20571)
-    prompt: str = "qwen_math"  # prompt format: qwen_math, simplerl, none
-    max_prompt_tokens: int = 1024  # longer prompts are dropped, and counted
-    max_new_tokens: int = 3072  # response budget, tokens
+    eval_data: str = "math500"  # as train_data; its problems are dropped from train_data
+    keep_duplicates: bool = False  # True: every row of train_data; False: each problem once
+    one_shot: str = ""  # train on one problem: its id, part of its text, or pi_1 (2504.20571)
+    prompt: str = "qwen_math"  # prompt format: qwen_math, simplerl, math_problem, none
+    max_prompt_tokens: int = 1024  # longer prompts are dropped; their number is printed
+    max_new_tokens: int = 3072  # longest response, in tokens
     # Reward
     reward: str = "ground_truth"  # expression, e.g. random(0.5), format & ~python; see rewards.py
-    truncated: Literal["keep", "mask", "zero"] = "keep"  # cut-off: as any, out of loss, reward 0
+    truncated: Literal["keep", "mask", "zero"] = "keep"  # cut-off response: kept, no loss, reward 0
     # Step
     steps: int = 300  # steps of the run
-    prompts_per_step: int = 64  # prompts sampled a step
-    group_size: int = 16  # responses a prompt
-    updates_per_step: int = 8  # optimiser updates a step, on disjoint shuffled mini-batches
-    temperature: float = 1.0  # of sampling and of scoring alike
+    prompts_per_step: int = 64  # prompts per step
+    group_size: int = 16  # responses per prompt
+    updates_per_step: int = 8  # optimiser updates per step, on disjoint shuffled mini-batches
+    temperature: float = 1.0  # for both sampling and scoring
     # Loss
     adv_norm: AdvNorm = "group"  # (r - mean) / std; group_mean, leave_one_out: no std; raw: r
-    whiten: bool = False  # then to mean 0, std 1 over all tokens, as "Spurious Rewards" is released
-    loss: Loss = "grpo"  # ratio of a token (grpo, cispo) or of a response (gspo, hoelder): grpo.py
-    cispo_cap: float = 5.0  # cispo: ratios are capped here, instead of clipped; above 1
+    whiten: bool = False  # then scale to mean 0, std 1 over all tokens (code of Spurious Rewards)
+    loss: Loss = "grpo"  # grpo, cispo: ratio per token; gspo, hoelder: per response; see grpo.py
+    cispo_cap: float = 5.0  # cispo: ratios are capped at this value, not clipped; above 1
     hoelder_p: float = 2.0  # hoelder: exponent of the mean of ratios at the run's first update
-    hoelder_p_end: float = -2.0  # and at its last, linear in between; 0 is gspo's mean
+    hoelder_p_end: float = -2.0  # hoelder: exponent at the last update, linear between; 0 = gspo
     clip: Clip = "both"  # which side of the ratio is clipped: both, high, low, off
     clip_low: float = 0.2  # ratios below 1 - clip_low are clipped
     clip_high: float = 0.2  # ratios above 1 + clip_high are clipped
-    loss_agg: LossAgg = "token_mean"  # DAPO; seq_mean: GRPO; constant: by max_new_tokens, Dr. GRPO
-    kl_coef: float = 0.0  # weight of the KL to the base model in the loss
-    kl_type: KLType = "k3"  # its estimator; they differ in gradient: grpo.kl
+    loss_agg: LossAgg = "token_mean"  # DAPO; seq_mean: GRPO; constant: Dr. GRPO (max_new_tokens)
+    kl_coef: float = 0.0  # weight in the loss of the KL to the base model
+    kl_type: KLType = "k3"  # KL estimator; the gradients differ, see grpo.kl
     # Optimiser
-    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: plain, no momentum; wants a far higher lr
-    lr: float = 1e-5  # LoRA wants more than full training's 5e-7: aim at a clip fraction near 1e-3
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # to 0 at the last update
-    warmup: float = 0.0  # share of all updates over which lr rises linearly
-    adam_betas: tuple[float, float] = (0.9, 0.95)  # momentum carries updates past the clip
-    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: no momentum; needs a far higher lr
+    lr: float = 1e-5  # full training: 5e-7; LoRA needs more: aim at a clip fraction near 1e-3
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # others fall to 0 at the end
+    warmup: float = 0.0  # share of all updates in which lr rises linearly
+    adam_betas: tuple[float, float] = (0.9, 0.95)  # momentum can carry updates past the clip
+    max_grad_norm: float = 1.0  # a gradient with a larger norm is scaled down to this norm
     # Memory and machine
-    micro_batch_tokens: int = 8192  # padded prompt + response tokens a forward and backward
-    rollout_rows: int = 128  # rows decoded at once: bounds the KV cache
-    rollout_weights: RolloutWeights = "auto"  # merged: W + BA in a copy, faster; auto: if it fits
-    device: str = "auto"  # auto = cuda where there is one, else cpu
-    threads: int = 0  # torch's on the CPU; 0 = one for models under 2 M parameters, else every core
+    micro_batch_tokens: int = 8192  # padded prompt + response tokens per forward and backward
+    rollout_rows: int = 128  # responses decoded at once; this bounds the KV cache
+    rollout_weights: RolloutWeights = "auto"  # merged: a copy of W + BA, faster; auto: if it fits
+    device: str = "auto"  # auto = cuda if available, else cpu
+    threads: int = 0  # torch threads on the CPU; 0 = 1 below 2 M parameters, else all cores
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = bfloat16 on cuda, else float32
     # Eval, logs, checkpoints
-    eval_every: int = 50  # steps between evals; one comes before the first step; 0 = never
-    eval_n: int = 0  # eval problems, the same ones whatever the seed; 0 = all
-    eval_k: int = 1  # samples a problem (avg@k)
+    eval_every: int = 50  # steps between evals; the first eval is before step 1; 0 = never
+    eval_n: int = 0  # number of eval problems, the same for every seed; 0 = all
+    eval_k: int = 1  # samples per problem (avg@k)
     eval_temperature: float = 0.0  # 0 = greedy
-    eval_new_tokens: int = 0  # response budget of evals; 0 = max_new_tokens
-    base_every: int = 1  # steps between scorings by the base model where only the log asks for it
-    save_every: int = 25  # steps between checkpoints; the last step has one; 0 = only that
-    seed: int = 0  # of data order, sampling, partition, adapter and random rewards
+    eval_new_tokens: int = 0  # longest response in evals, in tokens; 0 = max_new_tokens
+    base_every: int = 1  # steps between scorings by the base model, if only the log needs them
+    save_every: int = 25  # steps between checkpoints; the last step is always saved; 0 = only last
+    seed: int = 0  # seed of data order, sampling, partition, adapter and random rewards
     out_dir: str = ""  # run folder; "" = out/EXPERIMENT-SCALE-seedSEED
-    resume: bool = False  # go on from the checkpoint in out_dir
+    resume: bool = False  # continue from the checkpoint in out_dir
 
 
 def check(cfg: Config) -> list[str]:
-    """Refuse settings that cannot work (UserError); warn of each that has no effect."""
+    """Check the settings. Return a warning for each setting that has no effect.
+
+    Raises UserError for settings that cannot work.
+    """
     whole = (
         "steps prompts_per_step group_size updates_per_step max_prompt_tokens max_new_tokens "
         "micro_batch_tokens rollout_rows eval_k base_every"
@@ -140,8 +143,8 @@ def check(cfg: Config) -> list[str]:
 
 
 def _idle_losses(cfg: Config) -> list[str]:
-    """A warning for each knob of the loss that has no effect."""
-    idle = {}  # settings off their default, and why they have none
+    """Return a warning for each setting of the loss that has no effect."""
+    idle = {}  # setting -> why it has no effect; only settings off their default are reported
     if cfg.loss != "cispo":
         idle |= {"cispo_cap": f"with loss={cfg.loss}"}
     if cfg.loss != "hoelder":
@@ -168,17 +171,20 @@ def _idle_losses(cfg: Config) -> list[str]:
 
 
 def can_clip(cfg: Config) -> bool:
-    """Whether these settings can clip (CISPO: cap) any token."""
+    """Whether any token can be clipped (or capped, for CISPO) with these settings."""
     return cfg.updates_per_step > 1 and (cfg.loss == "cispo" or cfg.clip != "off")
 
 
 def needs_base(cfg: Config) -> bool:
-    """Whether every step needs the base policy's statistics, beyond the log."""
+    """Whether the loss or the reward needs the base policy's statistics in every step."""
     return cfg.kl_coef > 0 or "base_self_certainty" in rewards.parse(cfg.reward).needs
 
 
 def early_warning(cfg: Config, steps: list[dict]) -> str:
-    """A line, once, on what does not work by the metrics of all steps of this process; else ""."""
+    """Return a warning if the first steps of this process show that the run does not work, else "".
+
+    steps are the metrics of all steps of this process. Each warning is returned only once.
+    """
     if len(steps) == 5:
         return _nothing_to_learn(cfg, steps)
     if len(steps) == 10 and can_clip(cfg) and cfg.lr > 0:
@@ -187,7 +193,7 @@ def early_warning(cfg: Config, steps: list[dict]) -> str:
 
 
 def _nothing_to_learn(cfg: Config, steps: list[dict]) -> str:
-    """Why five steps taught nothing: the cause first, if it is known."""
+    """Return a warning if five steps taught nothing, with the cause if it is known, else ""."""
     truncated = sum(m["truncated"] for m in steps) / len(steps)
     flat = all(m["flat_groups"] == 1 for m in steps) and cfg.adv_norm != "raw"
     if truncated > 0.9 and (flat or cfg.truncated != "keep"):
@@ -205,7 +211,7 @@ def _nothing_to_learn(cfg: Config, steps: list[dict]) -> str:
 
 
 def _nothing_clipped(cfg: Config, steps: list[dict]) -> str:
-    """What to change where ten steps clipped nothing although some group could teach something."""
+    """Return a warning if ten steps clipped nothing although some group could teach, else ""."""
     clipped = any(m["clip_frac_low"] + m["clip_frac_high"] > 0 for m in steps)
     if clipped or all(m["flat_groups"] == 1 or m["grad_norm"] == 0 for m in steps):
         return ""
@@ -219,19 +225,20 @@ def _nothing_clipped(cfg: Config, steps: list[dict]) -> str:
 
 
 def keep_settled(cfg: Config) -> Config:
-    """A copy of cfg in which a resumed run keeps the rollout weights it once chose for auto.
+    """Return a copy of cfg. A resumed run keeps what rollout_weights=auto chose at its start.
 
-    They differ by rounding, so another choice (beside other work, say) would change the samples.
+    Merged and adapter weights differ by rounding. A different choice (for example because other
+    work now uses the GPU's memory) would change the samples.
     """
-    there = (Path(cfg.out_dir) / "config.json").is_file()  # else RunFolder says what is missing
+    there = (Path(cfg.out_dir) / "config.json").is_file()  # if not, RunFolder reports it
     if cfg.resume and there and cfg.rollout_weights == "auto" and cfg.lora_r:
-        saved = read_config(cfg.out_dir).get("rollout_weights", "adapter")  # all there once was
+        saved = read_config(cfg.out_dir).get("rollout_weights", "adapter")  # older runs: only this
         return replace(cfg, rollout_weights=saved)
     return replace(cfg)
 
 
 def learning_rate(cfg: Config, update_index: int) -> float:
-    """The rate of an update, counted from 0 over the whole run."""
+    """The learning rate of an update. Updates count from 0 over the whole run."""
     total = cfg.steps * cfg.updates_per_step
     warm = cfg.warmup * total
     if update_index < warm:
@@ -242,6 +249,6 @@ def learning_rate(cfg: Config, update_index: int) -> float:
 
 
 def hoelder_exponent(cfg: Config, update_index: int) -> float:
-    """The exponent p of loss=hoelder at an update, counted from 0 over the whole run."""
+    """The exponent p of loss=hoelder at an update. Updates count from 0 over the whole run."""
     last = cfg.steps * cfg.updates_per_step - 1
     return cfg.hoelder_p + (cfg.hoelder_p_end - cfg.hoelder_p) * update_index / max(last, 1)

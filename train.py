@@ -1,25 +1,26 @@
 """Train a language model with GRPO on verifiable, spurious or intrinsic rewards, on one GPU.
 
-    python train.py config/random_reward.py                     # the scale that fits this machine
+    python train.py config/random_reward.py                     # picks the scale for this machine
     python train.py config/random_reward.py config/model/tiny.py --seed=1
     python train.py --help                                      # every setting
 
-Read `one_step` first. `setup` makes what it needs, `train` calls it once a step.
+Read `one_step` first. `setup` prepares what it needs, and `train` calls it once per step.
 
 Departures from the papers ("Spurious Rewards", arXiv 2506.10947, and INTUITOR, 2505.19590):
- - LoRA on every linear layer but the head, over NF4 weights, where the papers train all weights.
-   Its learning rate is higher in return, chosen by the clip fraction (docs/TRAINING.md).
- - The loss is a mean over the tokens of the whole mini-batch (DAPO); the released code of "Spurious
-   Rewards" takes it over a packed micro-batch and then over micro-batches.
- - Advantages are not whitened over the batch unless asked for by whiten=True (the released code
-   does, the paper does not say so).
- - The overnight recipes use smaller batches and shorter responses than the papers'
-   (config/model/qwen2.5_math_1.5b_paper.py has the papers').
- - Problems of the training set that occur in the eval set are dropped.
+ - This code trains LoRA adapters on every linear layer except the head, over NF4 weights. The
+   papers train all weights. LoRA therefore gets a higher learning rate, which was chosen by the
+   clip fraction (docs/TRAINING.md).
+ - The loss is a mean over the tokens of the whole mini-batch (DAPO). The released code of "Spurious
+   Rewards" takes the mean over each packed micro-batch and then over the micro-batches.
+ - Advantages are whitened over the batch only with whiten=True. The released code whitens them
+   always; the paper does not mention it.
+ - The overnight recipes use smaller batches and shorter responses than the papers.
+   config/model/qwen2.5_math_1.5b_paper.py has the papers' sizes.
+ - Training problems that also occur in the eval set are dropped.
 
-Everything random in a step is a function of (seed, step). On the CPU a resumed run therefore equals
-an uninterrupted one to the bit. On a GPU flash attention's backward adds up in no fixed order, so
-there the two are equal up to rounding.
+Everything random in a step is a function of (seed, step). On the CPU a resumed run is therefore bit
+for bit identical to an uninterrupted one. On a GPU the backward pass of flash attention sums in no
+fixed order, so the two runs are equal up to rounding.
 """
 
 import copy
@@ -75,11 +76,11 @@ Parts = list[list[list[int]]]  # [updates][micro-batches][row numbers]
 
 @dataclass
 class Run:
-    """What a training run holds from step to step."""
+    """Everything that a training run keeps between steps."""
 
     cfg: Config
     model: nn.Module
-    frozen: nn.Module | None  # the base model, where full training needs it; else see base_policy
+    frozen: nn.Module | None  # the base model, if full training needs it (see score)
     tokenizer: Tokenizer
     optimizer: torch.optim.Optimizer
     items: Items  # training problems
@@ -88,24 +89,24 @@ class Run:
     second_models: dict[str, SecondModel]
     decode_weights: DecodeWeights
     folder: RunFolder
-    watched: list[Reward] = field(default_factory=rewards.watched)  # logged at weight 0
-    failed: set[str] = field(default_factory=set)  # watched rewards that a warning has named
+    watched: list[Reward] = field(default_factory=rewards.watched)  # logged, not trained on
+    failed: set[str] = field(default_factory=set)  # watched rewards that were already warned about
 
 
 # ---------------------------------------------------------------------------------------- the step
 
 
 def one_step(run: Run, step: int) -> tuple[dict, list[dict]]:
-    """Train for one step. Returns its metrics and some of its responses, both for the log."""
+    """Train for one step. Return its metrics and some of its responses, both for the log."""
     cfg, model = run.cfg, run.model
     seconds: dict[str, float] = {}
     # 1. Sample group_size responses to each of the step's prompts.
     with phase("sample", seconds), decode_with(model, run.decode_weights):
         rollouts = sample_rollouts(model, run.tokenizer, run.items, cfg, step)
-    # 2. Partition the rows into mini-batches and micro-batches, once for scoring and update.
+    # 2. Partition the rows into mini-batches and micro-batches. Scoring and update share them.
     total = (rollouts.prompt_len + rollouts.length).tolist()
     parts = partition(total, cfg.updates_per_step, cfg.micro_batch_tokens, cfg.seed, step)
-    # 3. Score every token by the forward pass of the update.
+    # 3. Score every token with the same forward pass that the update uses.
     with phase("score", seconds):
         score(model, rollouts, parts, cfg, run.frozen, run.second_models)
     with phase("reward", seconds):
@@ -130,7 +131,7 @@ def one_step(run: Run, step: int) -> tuple[dict, list[dict]]:
 
 
 def _bar(parts: list, desc: str) -> tqdm:
-    """A passing progress bar within a step, where somebody can see it."""
+    """A temporary progress bar within a step. It is shown only on a terminal."""
     return tqdm(parts, desc=desc, leave=False, disable=not sys.stderr.isatty())
 
 
@@ -138,7 +139,7 @@ def sample_rollouts(
     model: nn.Module, tokenizer: Tokenizer, items: Items, cfg: Config, step: int
 ) -> Rollouts:
     """Sample group_size responses to each of the step's prompts under the current policy."""
-    # Steps are counted from 1 here, the walk through the problems from 0.
+    # Steps count from 1 here, but batch_indices counts them from 0.
     order = batch_indices(len(items), cfg.prompts_per_step, cfg.seed, step - 1)
     chosen = [items[i] for i in order]
     B = len(chosen) * cfg.group_size
@@ -172,7 +173,10 @@ def sample_rollouts(
 def forward(
     model: nn.Module, rollouts: Rollouts, rows: list[int], cfg: Config, also: Iterable[str] = ()
 ) -> TokenStats:
-    """logp of one micro-batch, and statistics also: the forward that scoring and update share."""
+    """Compute logp of one micro-batch and the statistics named in also.
+
+    Scoring and update both use this forward pass.
+    """
     device = next(model.parameters()).device
     part = (t[rows].to(device) for t in (rollouts.tokens, rollouts.prompt_len, rollouts.length))
     return token_stats(model, *part, temperature=cfg.temperature, also=tuple(also))
@@ -187,12 +191,14 @@ def score(
     frozen: nn.Module | None = None,
     second_models: dict[str, SecondModel] | None = None,
 ) -> None:
-    """Fill the scores of rollouts: old_logp, entropy, self_certainty; of the base policy ref_logp
-    and base_self_certainty, where this step needs it; cross_logp of each second model.
+    """Fill the scores of rollouts.
 
-    Scoring uses the micro-batches and the forward of the update: in bf16 another batch shape moves
-    ratios by several percent, and the first ratio of a step must be exactly 1. The base policy is
-    `frozen`, or the model with its adapter off.
+    The policy gives old_logp, entropy and self_certainty. The base policy gives ref_logp and
+    base_self_certainty, if this step needs them. Each second model gives cross_logp.
+
+    Scoring uses the same micro-batches and the same forward pass as the update. In bf16 a different
+    batch shape moves ratios by several percent, and the first ratio of a step must be exactly 1.
+    The base policy is `frozen`, or else the model with its adapter off.
     """
     ours = {"old_logp": "logp", "entropy": "entropy", "self_certainty": "self_certainty"}
     theirs = {"ref_logp": "logp", "base_self_certainty": "self_certainty"}
@@ -218,7 +224,7 @@ def score(
 
 
 def tokens_in_loss(rollouts: Rollouts, cfg: Config) -> torch.Tensor:
-    """bool [B, R]: the response tokens that are trained on."""
+    """The response tokens that enter the loss: bool [B, R]."""
     if cfg.truncated == "mask":
         return rollouts.mask & rollouts.finished[:, None]
     return rollouts.mask
@@ -233,7 +239,7 @@ def loss_of(
     cfg: Config,
     update_index: int,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss of one micro-batch, and what the clip did in it (grpo.policy_loss).
+    """Compute the loss of one micro-batch and the clip statistics (see grpo.policy_loss).
 
     update_index counts the updates of the whole run from 0.
     """
@@ -269,9 +275,10 @@ def update(
     parts: Parts,
     cfg: Config,
 ) -> dict:
-    """One pass over the step's mini-batches, with one optimiser update for each.
+    """Make one pass over the step's mini-batches, with one optimiser update for each.
 
-    advantage float32 [B]. Returns what the clip did, the ratios, gradient norm and learning rate.
+    advantage is float32 [B]. Returns the clip statistics, the ratios, the gradient norm and the
+    learning rate. Raises UserError if the gradient is not finite.
     """
     in_loss = tokens_in_loss(rollouts, cfg)
     parameters = list(trainable(model).values())
@@ -279,7 +286,8 @@ def update(
     first = (rollouts.step - 1) * cfg.updates_per_step  # updates done before this step
     seen, norms = [], []
     for i, mini in enumerate(_bar(parts, "  update"), start=first):
-        # The normaliser counts the whole mini-batch, so micro-batches do not change the gradient.
+        # The normaliser covers the whole mini-batch, so its split into micro-batches does not
+        # change the gradient.
         rows_in_mini = [row for rows in mini for row in rows]
         normalizer = grpo.normalizer(in_loss[rows_in_mini], cfg.loss_agg, cfg.max_new_tokens)
         for rows in mini:
@@ -305,12 +313,13 @@ def update(
 def clip_noise(
     model: nn.Module, rollouts: Rollouts, advantage: torch.Tensor, parts: Parts, cfg: Config
 ) -> float | None:
-    """A clip fraction that rounding alone makes, at least: clip_frac_low + clip_frac_high have it.
+    """Measure a clip fraction that rounding alone causes.
 
-    One micro-batch is scored again by the same weights, one row at a time, and its tokens are
-    counted as the loss counts them. None where every micro-batch has one row. A lower bound: once
-    an update has moved the weights, rounding falls anew in every layer, and log-ratios spread two
-    to six times as far as here (tools.noise, "update" against "shape").
+    It is a lower bound of the noise in clip_frac_low + clip_frac_high. One micro-batch is scored
+    again with the same weights, one row at a time, and clipped tokens are counted as in the loss.
+    Returns None if every micro-batch has one row. Once an update has moved the weights, rounding
+    falls differently in every layer, and log-ratios spread two to six times as far as here (python
+    -m tools.noise measures it).
     """
     rows = next((rows for mini in parts for rows in reversed(mini) if len(rows) > 1), None)
     if rows is None:
@@ -325,7 +334,7 @@ def clip_noise(
 
 
 def timings(rollouts: Rollouts, seconds: dict[str, float]) -> dict:
-    """Speed, the seconds of each phase, and the memory in use at most so far."""
+    """The sampling speed, the seconds of each phase, and the peak memory so far."""
     return {
         "tokens_per_s": rollouts.length.sum().item() / seconds["sample"],
         "seconds": sum(seconds.values()),
@@ -338,9 +347,9 @@ def timings(rollouts: Rollouts, seconds: dict[str, float]) -> dict:
 
 
 def setup(cfg: Config) -> Run:
-    """Load data, model and optimiser, settle what memory allows, and claim the run folder.
+    """Load data, model and optimiser, choose the settings that depend on memory, claim the folder.
 
-    Raises UserError, before any training, for whatever can be found wrong by then.
+    Raises UserError for every mistake that can be found before training starts.
     """
     for warning in check(cfg):
         print(f"warning: {warning}")
@@ -348,7 +357,7 @@ def setup(cfg: Config) -> Run:
     device, dtype = choose_device(cfg.device, cfg.dtype)
     if cfg.lora_r == 0 and dtype != torch.float32:
         raise UserError("lora_r=0 in bfloat16 loses small updates to rounding: --dtype=float32")
-    # Data comes before weights, so that its mistakes show at once.
+    # The data is loaded before the weights, so that mistakes in it show at once.
     name = tiny.resolve(cfg.model)
     tokenizer = load_tokenizer(name)
     items, eval_items = load_data(cfg, tokenizer, reward)
@@ -364,7 +373,8 @@ def setup(cfg: Config) -> Run:
     if cfg.lora_r:
         add_lora(model, cfg.lora_r, cfg.lora_alpha, cfg.seed)
     else:
-        # Full training keeps no copy of the base unless loss or reward need one; kl is then null.
+        # Full training keeps a copy of the base model only if the loss or the reward needs it.
+        # Without the copy, kl is logged as null.
         frozen = copy.deepcopy(model) if needs_base(cfg) else None
         model.requires_grad_(True)
     if cfg.gradient_checkpointing:
@@ -383,7 +393,7 @@ def setup(cfg: Config) -> Run:
     }
     models = [model, *([frozen] if frozen else []), *(m.model for m in second_models.values())]
     decode_weights = settle(models, cfg)
-    folder.config = asdict(cfg)  # with what was settled, so that a resumed run keeps to it
+    folder.config = asdict(cfg)  # includes the choices of settle, so that a resumed run keeps them
     return Run(
         cfg,
         model,
@@ -400,8 +410,8 @@ def setup(cfg: Config) -> Run:
 
 
 def load_data(cfg: Config, tokenizer: Tokenizer, reward: Reward) -> tuple[Items, Items]:
-    """The training and the eval problems with their prompts' tokens; says what was left out."""
-    held_out = load_problems(tiny.resolve(cfg.eval_data), "test")  # all of it, whatever eval_n
+    """Load training and eval problems with their prompts' token ids. Print what was left out."""
+    held_out = load_problems(tiny.resolve(cfg.eval_data), "test")  # all rows, whatever eval_n is
     problems, dropped = training_problems(
         cfg.train_data, held_out, reward, cfg.one_shot, cfg.model, cfg.keep_duplicates
     )
@@ -414,7 +424,7 @@ def load_data(cfg: Config, tokenizer: Tokenizer, reward: Reward) -> tuple[Items,
 
 
 def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
-    """AdamW without weight decay, as in the papers, or plain SGD."""
+    """Make AdamW without weight decay, as in the papers, or plain SGD."""
     weights = list(trainable(model).values())
     if cfg.optimizer == "sgd":
         return torch.optim.SGD(weights, cfg.lr)
@@ -422,7 +432,7 @@ def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
 
 
 def run_eval(run: Run, step: int) -> None:
-    """Evaluate, and add the figures to the step's row of metrics.jsonl."""
+    """Evaluate the model and add the figures to the step's row of metrics.jsonl."""
     cfg = run.cfg
     tokens = cfg.eval_new_tokens or cfg.max_new_tokens
     sampling = Sampling(cfg.eval_k, cfg.eval_temperature, tokens, cfg.seed, cfg.rollout_rows)
@@ -434,10 +444,10 @@ def run_eval(run: Run, step: int) -> None:
 
 
 def train(cfg: Config) -> list[dict]:
-    """Start a training run in cfg.out_dir, or go on with it; returns its metrics, one dict a step.
+    """Start or resume a training run in cfg.out_dir. Return its metrics, one dict per step.
 
-    A step is logged, saved where that is due, and then evaluated: an eval that is interrupted
-    costs nothing.
+    Each step is logged, saved if a checkpoint is due, and then evaluated if an eval is due. An
+    interrupted eval therefore loses no training.
     """
     run = setup(cfg)
     cfg, folder, history = run.cfg, run.folder, run.folder.history
@@ -455,7 +465,7 @@ def train(cfg: Config) -> list[dict]:
             due = cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps)
             return bool(due) and not (history and "eval_accuracy" in history[-1])
 
-        if eval_is_due(done):  # before training, or where the last process got no further
+        if eval_is_due(done):  # before training, or if the last process ended before it
             with stop.at_once():
                 run_eval(run, done)
         steps = range(done + 1, cfg.steps + 1)
@@ -463,7 +473,7 @@ def train(cfg: Config) -> list[dict]:
         for step in bar:
             metrics, samples = one_step(run, step)
             folder.log(metrics, samples)
-            if warning := early_warning(cfg, history[done - step :]):  # of this process
+            if warning := early_warning(cfg, history[done - step :]):  # steps of this process
                 tqdm.write(f"warning: {warning}")
             last = step == cfg.steps or stop.asked or eval_is_due(step)
             if last or (cfg.save_every and step % cfg.save_every == 0):
@@ -480,7 +490,7 @@ def train(cfg: Config) -> list[dict]:
 
 
 def progress_line(metrics: dict) -> str:
-    """What the progress bar shows of a step."""
+    """The text that the progress bar shows for a step."""
     clipped = metrics["clip_frac_low"] + metrics["clip_frac_high"]
     return (
         f"reward {metrics['reward']:.3f} acc {metrics['accuracy']:.3f} clip {clipped:.1e} "

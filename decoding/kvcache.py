@@ -1,4 +1,4 @@
-"""The KV cache and the attention that decoding gives to transformers' own layers."""
+"""The KV caches and the attention function that decoding passes to the layers of transformers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,14 +10,14 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-GROW = 128  # columns by which a KVCache grows, so that short responses stay cheap
-BUCKET = 256  # a StaticCache is read up to a multiple of so many columns
-ALIGN = 64  # a StaticCache has a multiple of so many columns, since kernels pad odd widths
+GROW = 128  # columns by which a KVCache grows; a small number keeps short responses cheap
+BUCKET = 256  # a StaticCache is read up to a multiple of this many columns
+ALIGN = 64  # the columns of a StaticCache are a multiple of this, since kernels pad odd widths
 
 
 @dataclass
 class Prompt:
-    """A prefilled prompt: keys and values [kv_heads, P, head_dim] a layer, next logits [V]."""
+    """A prefilled prompt: keys and values [kv_heads, P, head_dim] per layer, next logits [V]."""
 
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
@@ -25,9 +25,9 @@ class Prompt:
 
 
 class PrefillCache:
-    """The cache of a prefill: keeps what each layer makes, [u, kv_heads, P, head_dim]."""
+    """The cache of a prefill. It keeps each layer's keys and values, [u, kv_heads, P, head_dim]."""
 
-    is_compileable = False  # transformers asks
+    is_compileable = False  # transformers reads this
 
     def __init__(self) -> None:
         self.keys: list[torch.Tensor] = []
@@ -43,35 +43,40 @@ class PrefillCache:
 
 
 class KVCache:
-    """Keys and values of n slots, [n, kv_heads, columns, head_dim] a layer.
+    """Keys and values of n slots, [n, kv_heads, columns, head_dim] per layer.
 
-    All slots write the same column in a step, so that a write is a slice. A slot's tokens stand in
-    consecutive columns that end at the current one: when a row moves in, its prompt is put right
-    before that column. What stands further left is another row's or nothing, and masked; columns
-    that no slot looks at any more go when room runs out. Keys are cached with their rotary
-    positions, which are the row's own and not the columns.
+    All slots write to the same column in a step, so that a write is a slice. The tokens of a slot
+    are in consecutive columns that end at the current one. When a row moves in, its prompt is put
+    directly before that column. Columns further left belong to an earlier row or to none, and are
+    masked. When room runs out, columns that no slot reads any more are dropped. Keys are cached
+    with their rotary positions, which count within the row and are not column numbers.
     """
 
     is_compileable = False
-    shape = None  # of a step: new ones all the time
+    shape = None  # steps have no fixed shape
 
     def __init__(self, slots: int, longest_prompt: int, max_new_tokens: int, like: Prompt):
-        """Empty. longest_prompt: tokens of the longest that will ever be placed; like: any one."""
-        self.longest_prompt = self.column = longest_prompt  # column: where the next write goes
+        """Start empty.
+
+        longest_prompt is the length in tokens of the longest prompt that will be placed. like is
+        any prefilled prompt; it gives the shapes.
+        """
+        self.longest_prompt = self.column = longest_prompt  # column: the next one to be written
         columns = longest_prompt + min(GROW, max_new_tokens)
         self.keys, self.values = (
             [x.new_empty(slots, x.shape[0], columns, x.shape[2]) for x in layers]
             for layers in (like.keys, like.values)
         )
-        for store in (*self.keys, *self.values):  # what is masked must still be finite
+        for store in (*self.keys, *self.values):  # masked values must be finite too
             store[:, :, : self.column] = 0.0
-        # Added to scores: 0 where a slot looks, -inf elsewhere.
+        # Added to attention scores: 0 at columns that a slot reads, -inf elsewhere.
         self.mask = like.keys[0].new_zeros(slots, columns)
-        self.start: list[int | None] = [None] * slots  # a slot's first column; None: nobody in it
-        self.first, self.padding = self.column, False  # no slot looks further left; not all as far
+        self.start: list[int | None] = [None] * slots  # a slot's first column; None: empty
+        # first: the leftmost column that any slot reads. padding: whether slots start differently.
+        self.first, self.padding = self.column, False
 
     def update(self, key, value, layer: int, *args, **kwargs):  # [n, H, 1, D] each
-        """Called by every attention layer: store a column, return those that any slot looks at."""
+        """Store a column and return the columns that any slot reads. Attention layers call this."""
         end = self.column + 1
         self.keys[layer][:, :, self.column : end] = key
         self.values[layer][:, :, self.column : end] = value
@@ -81,18 +86,21 @@ class KVCache:
         return self.column
 
     def open(self, position: torch.Tensor) -> torch.Tensor | None:
-        """The mask of a step, [n, 1, 1, S] over what `update` is to return; None: all see all."""
+        """The mask of a step, [n, 1, 1, S] over the columns that `update` will return.
+
+        None means that every slot reads all of them.
+        """
         return self.mask[:, None, None, self.first : self.column + 1] if self.padding else None
 
     def advance(self) -> None:
-        """A step is over."""
+        """Move to the next column at the end of a step."""
         self.column += 1
 
     def place(self, slots: list[int], index: torch.Tensor, prompt: Prompt) -> None:
-        """Put a prompt into these slots, as if they had just read it; index: the same, [n]."""
+        """Put a prompt into these slots, as if they had just read it. index: the slots as [n]."""
         begin = self.column - prompt.keys[0].shape[1]
         run = slots == list(range(slots[0], slots[-1] + 1))
-        where = slice(slots[0], slots[-1] + 1) if run else index  # a slice is quicker
+        where = slice(slots[0], slots[-1] + 1) if run else index  # a slice is faster
         for stores, layers in ((self.keys, prompt.keys), (self.values, prompt.values)):
             for store, new in zip(stores, layers, strict=True):
                 store[where, :, begin : self.column] = new
@@ -103,18 +111,18 @@ class KVCache:
         self._look()
 
     def release(self, slots: list[int]) -> None:
-        """These slots' rows have ended: they go on being computed, and count for nothing."""
+        """Mark the rows of these slots as ended. They are still computed, but no longer used."""
         for slot in slots:
             self.start[slot] = None
         self._look()
 
     def keep(self, slots: list[int], index: torch.Tensor) -> None:
-        """Drop all other slots; those kept are numbered anew in this order. index: the same."""
+        """Drop all other slots and renumber these in this order. index: the slots as [n]."""
         self.start = [self.start[slot] for slot in slots]
         self._copy(index, self.keys[0].shape[2] - self.column)
 
     def make_room(self) -> None:
-        """See to it that there is a column to write to."""
+        """Make sure that there is a column to write to."""
         if self.column == self.keys[0].shape[2]:
             self._copy(None, GROW)
 
@@ -124,8 +132,11 @@ class KVCache:
         self.padding = max(starts, default=self.first) > self.first
 
     def _copy(self, index: torch.Tensor | None, room: int) -> None:
-        """New buffers of the slots `index` (None: all) from the first column in use, and room."""
-        # Whatever prompt moves in next must fit to the left of the column.
+        """Copy the slots `index` (None: all) to new buffers with room for `room` more columns.
+
+        The copy starts at the first column in use.
+        """
+        # The longest prompt must still fit to the left of the current column.
         first = min(self.first, self.column - self.longest_prompt)
         held = self.column - first
 
@@ -140,7 +151,7 @@ class KVCache:
             for i, old in enumerate(store):
                 store[i] = copy(old, 2)
         self.mask = copy(self.mask, 1)
-        self.mask[:, held:] = 0.0  # columns to come are seen by all
+        self.mask[:, held:] = 0.0  # every slot reads future columns
         self.start = [None if start is None else start - first for start in self.start]
         self.column = held
         self._look()
@@ -149,9 +160,9 @@ class KVCache:
 class StaticCache:
     """Keys and values of n slots in buffers that are never replaced, for CUDA graphs.
 
-    [n, kv_heads, columns, head_dim] a layer. A slot's tokens stand in columns 0, 1, ...: each row
-    writes at its own position, and all are read up to the end of the bucket that holds the longest.
-    Has KVCache's methods.
+    Shape [n, kv_heads, columns, head_dim] per layer. The tokens of a slot are in columns 0, 1, ...
+    Each row writes at its own position. All slots are read up to the end of the bucket that holds
+    the longest one. The class has the same methods as KVCache.
     """
 
     is_compileable = False
@@ -178,26 +189,26 @@ class StaticCache:
         self.clear()
 
     def clear(self) -> None:
-        """Nobody in any slot; what was stored is written over."""
-        # Tokens in each slot at tick 0, so that a tick adds one to all; None: nobody in it.
+        """Empty all slots. New rows overwrite what is stored."""
+        # Tokens in each slot, counted back to tick 0, so a tick adds one to all. None: empty.
         self.held: list[int | None] = [None] * len(self.slot)
         self.tick = 0
 
     @property
     def shape(self) -> int:
-        """Columns read in the coming step."""
+        """Number of columns that the next step reads."""
         held = max((n for n in self.held if n is not None), default=-self.tick) + self.tick + 1
         return min(-(-held // self.bucket) * self.bucket, len(self.at))
 
     def open(self, position: torch.Tensor) -> torch.Tensor:
-        """The mask of a step, [n, 1, 1, S]; position [n]: columns to which `update` writes."""
+        """The mask of a step, [n, 1, 1, S]. position [n]: the columns that `update` writes."""
         self.where, self.seen = (self.slot[: len(position)], position), self.shape
         hidden = self.at[: self.seen] > position[:, None]  # [n, S]
         mask = torch.zeros(hidden.shape, dtype=self.keys[0].dtype, device=hidden.device)
         return mask.masked_fill(hidden, -torch.inf)[:, None, None]
 
     def update(self, key, value, layer: int, *args, **kwargs):  # [n, H, 1, D] each
-        """Called by every attention layer: store a token a slot, return the bucket."""
+        """Store one token per slot and return the bucket. Each attention layer calls it."""
         slot, position = self.where
         for store, new in ((self.keys[layer], key), (self.values[layer], value)):
             store[slot, :, position] = new[:, :, 0]
@@ -205,7 +216,7 @@ class StaticCache:
         return self.keys[layer][:n, :, : self.seen], self.values[layer][:n, :, : self.seen]
 
     def get_seq_length(self, layer: int = 0) -> int:
-        return 0  # positions and mask are given
+        return 0  # not used, since positions and mask are passed in
 
     def place(self, slots: list[int], index: torch.Tensor, prompt: Prompt) -> None:
         P = prompt.keys[0].shape[1]
@@ -220,23 +231,23 @@ class StaticCache:
             self.held[slot] = None
 
     def keep(self, slots: list[int], index: torch.Tensor) -> None:
-        """These slots' tokens move to the first ones; index: the same, [n]."""
+        """Move the tokens of these slots to the first slots. index: the slots as [n]."""
         for store in (*self.keys, *self.values):
             store[: len(slots)] = store[index]
         self.held = [self.held[slot] for slot in slots] + [None] * (len(self.held) - len(slots))
 
     def make_room(self) -> None:
-        """Nothing to do: the buffers are full length."""
+        """Nothing to do: the buffers have their full length from the start."""
 
     def advance(self) -> None:
         self.tick += 1
 
 
 def _attention(module, query, key, value, mask, scaling=None, **kwargs):
-    """Attention of one new token a row: [n, heads, 1, D] over [n, kv_heads, S, D].
+    """Attention of one new token per row: [n, heads, 1, D] over [n, kv_heads, S, D].
 
-    With grouped-query attention, the query heads that share a key head are viewed as query rows, so
-    keys and values need no repeating. Longer queries (prefill) go to transformers' own function.
+    With grouped-query attention, query heads that share a key head are viewed as query rows, so
+    keys and values are not repeated. Longer queries (prefill) use the function of transformers.
     """
     if query.shape[2] > 1:
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
@@ -251,7 +262,10 @@ AttentionInterface.register("nanorlvr_decode", _attention)
 
 @contextmanager
 def decode_attention(model: nn.Module) -> Iterator[None]:
-    """Our attention function, no gradients, and no gradient checkpointing (it drops the cache)."""
+    """Use our attention function, without gradients, inside this context.
+
+    Gradient checkpointing is off, because it would drop the cache.
+    """
     config = model.config
     before = config._attn_implementation
     layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]

@@ -1,17 +1,17 @@
-"""Drawing tokens: one uniform number each, a function of row and position, inverted by the CDF."""
+"""Draw tokens. Each uses one uniform number, a function of row and position, through the CDF."""
 
 import numpy as np
 import torch
 
-BLOCK = 128  # tokens of the vocabulary whose probabilities are first summed up
+BLOCK = 128  # tokens per block of the vocabulary; probabilities are first summed by block
 
 
 def uniforms(noise: tuple[int, ...], prompt: int, sample: int, n: int) -> np.ndarray:
-    """The uniforms of one row, float64 [n]: entry j decides the token at response position j.
+    """The uniform numbers of one row, float64 [n]. Entry j decides response token j.
 
-    A function of (noise, prompt, sample) alone, and a longer row starts like a shorter one, so
-    neither batch, order nor budget changes a sample, up to the rounding of the logits (in bf16 that
-    depends on the rows decoded at once). In training: (TRAIN_NOISE, seed, step).
+    They depend on (noise, prompt, sample) alone, and a longer row starts like a shorter one. Batch,
+    order and budget therefore do not change a sample, up to the rounding of the logits (which in
+    bf16 depends on the rows decoded at once). In training, noise is (TRAIN_NOISE, seed, step).
     """
     return np.random.default_rng((*noise, prompt, sample)).random(n)
 
@@ -23,11 +23,12 @@ def sample(
     top_p: float = 1.0,
     top_k: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Next tokens int64 [n] and their log-probabilities float32 [n].
+    """Draw next tokens int64 [n] and return them with their log-probabilities float32 [n].
 
-    logits [n, V]; uniform float64 [n]. One uniform a token, inverted through the cumulative
-    distribution. temperature 0 is greedy (log-probabilities at temperature 1). top_p and top_k
-    (0 = off) are for eval and sample; the log-probability stays the unfiltered one.
+    logits is [n, V], uniform is float64 [n]. One uniform number per token is inverted through the
+    cumulative distribution. temperature 0 is greedy, with log-probabilities at temperature 1. top_p
+    and top_k (0 = off) are for eval.py and sample.py. The log-probability is always the unfiltered
+    one.
     """
     z = logits.float()
     if temperature not in (0, 1):
@@ -35,7 +36,7 @@ def sample(
     n, V = z.shape
     size = BLOCK if V > 8 * BLOCK else V
     blocks = -(-V // size)
-    # p = exp(z - max), not normalised, in whole blocks: what is over in the last one stays 0.
+    # p = exp(z - max), not normalised, in whole blocks. The unused end of the last block stays 0.
     p = z.new_zeros(n, blocks * size) if V % size else torch.empty_like(z)
     top, likeliest = z.max(-1, keepdim=True)  # [n, 1]
     torch.sub(z, top, out=p[:, :V]).exp_()
@@ -46,9 +47,9 @@ def sample(
     if 0 < top_k < V or top_p < 1.0:
         p = _likeliest(p, top_p, top_k)
         mass = p.view(n, blocks, size).sum(-1).double()
-    # Invert in two steps, which block and which token in it: a cumulative sum of the vocabulary in
-    # fp64 costs as much as a model's forward, and fp32 would lose the tail. right=True finds the
-    # first whose cumulative mass exceeds u, never one of probability 0.
+    # Invert in two steps: find the block, then the token in it. A cumulative sum over the whole
+    # vocabulary in fp64 costs as much as a forward pass, and fp32 would lose the tail. right=True
+    # finds the first token whose cumulative mass exceeds u, which never has probability 0.
     u = uniform[:, None]  # [n, 1]
     block, inside = None, p
     if blocks > 1:
@@ -56,7 +57,7 @@ def sample(
         u = u * cdf[:, -1:]
         block = torch.searchsorted(cdf, u, right=True).clamp_max(blocks - 1)  # [n, 1]
         mass = mass.gather(1, block)
-        u = ((u - cdf.gather(1, block) + mass) / mass).clamp(0, 1 - 2**-53)  # where in the block
+        u = ((u - cdf.gather(1, block) + mass) / mass).clamp(0, 1 - 2**-53)  # place in the block
         inside = p.view(n, blocks, size)[torch.arange(n, device=p.device), block[:, 0]]
     inside = inside.cumsum(-1, dtype=torch.float64)  # [n, size]
     token = torch.searchsorted(inside, u * inside[:, -1:], right=True).clamp_max(size - 1)  # [n, 1]
@@ -66,12 +67,12 @@ def sample(
 
 
 def _likeliest(p: torch.Tensor, top_p: float, top_k: int) -> torch.Tensor:
-    """p [n, V], not normalised, with 0 for all but the likeliest tokens."""
+    """Set p [n, V] (not normalised) to 0 for all tokens that top_p or top_k excludes."""
     if 0 < top_k < p.shape[-1]:
         p = p.masked_fill(p < p.topk(top_k).values[:, -1:], 0.0)
     if top_p < 1.0:
         ordered, order = p.sort(-1, descending=True)
-        before = ordered.cumsum(-1) - ordered  # mass of the likelier tokens
+        before = ordered.cumsum(-1) - ordered  # mass of all likelier tokens
         ordered = ordered.masked_fill(before >= top_p * ordered.sum(-1, keepdim=True), 0.0)
         p = torch.zeros_like(p).scatter(-1, order, ordered)
     return p

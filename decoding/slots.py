@@ -1,8 +1,8 @@
-"""Slots: rows that are decoded side by side, a token each in a step, and the step as a CUDA graph.
+"""Slots: rows that are decoded side by side, one token each per step, and steps as CUDA graphs.
 
-On the GPU a step of a small model spends most of its time in Python, launching kernels. So there
-the step is captured once as a CUDA graph and then replayed. A graph holds addresses, not values: so
-long as nothing is replaced, it stays valid while weights (lora.merged), cache and rows change.
+On the GPU, a step of a small model spends most of its time in Python, launching kernels. The step
+is therefore captured once as a CUDA graph and then replayed. A graph holds addresses, not values.
+It stays valid while weights (lora.merged), cache and rows change, as long as no tensor is replaced.
 """
 
 import warnings
@@ -17,26 +17,26 @@ from decoding.kvcache import BUCKET, KVCache, Prompt, StaticCache
 from decoding.sampling import sample
 from model import backbone, head, logits
 
-SHRINK = 0.9  # ended rows leave when fewer than this share of the slots is alive
+SHRINK = 0.9  # ended rows leave when less than this share of the slots is still decoding
 
 
 class Rows:
-    """What is known of each of B rows, and what comes of them; a step writes n of them at once."""
+    """The inputs and results of B rows. A step writes one token to each of n rows."""
 
     def __init__(self, B: int, max_new: int, end_ids: list[int], settings: tuple, device):
-        """settings: temperature, top_p, top_k of sampling.sample."""
+        """settings: temperature, top_p and top_k for sample (decoding/sampling.py)."""
         new = lambda *shape, dtype: torch.zeros(*shape, dtype=dtype, device=device)  # noqa: E731
         self.settings = settings
         self.ends = torch.tensor(end_ids, device=device)
         self.uniform = new(B, max_new, dtype=torch.float64)
         self.budget, self.lens, self.length = (new(B, dtype=torch.int64) for _ in range(3))
         self.finished = new(B, dtype=torch.bool)
-        # One more column, to which rows write that have ended but still stand in a slot.
+        # One extra column. Rows that have ended but are still in a slot write to it.
         self.response = new(B, max_new + 1, dtype=torch.int64)
         self.logp = new(B, max_new + 1, dtype=torch.float32)
 
     def begin(self, uniform: torch.Tensor, budget: torch.Tensor, lens: torch.Tensor) -> None:
-        """B rows anew: uniforms [B, max_new], tokens to be at most written [B], of prompts [B]."""
+        """Start B new rows: uniforms [B, max_new], response budgets [B], prompt lengths [B]."""
         for mine, given in ((self.uniform, uniform), (self.budget, budget), (self.lens, lens)):
             mine.copy_(given)
         for mine in (self.length, self.finished, self.logp):
@@ -45,7 +45,7 @@ class Rows:
     def step(self, row: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Sample a token for each of these rows from their logits z [n, V].
 
-        Returns the tokens [n] and which rows are over, bool [n].
+        Returns the tokens [n] and whether each row has ended, bool [n].
         """
         spare = self.uniform.shape[1]
         j = self.length[row]  # [n] response position
@@ -62,56 +62,56 @@ class Rows:
 class DecodeSetup:
     """How a model decodes. The engine makes one for each model, and tests make their own.
 
-    static: no tensor is ever replaced and each step has one of a few shapes (StaticCache), so that
-    steps can be captured as CUDA graphs. Otherwise slots that no row needs are dropped at once and
-    the cache is as small as possible (KVCache), which suits the CPU.
+    static means that no tensor is ever replaced and each step has one of few shapes (StaticCache).
+    Steps can then be captured as CUDA graphs. Otherwise unused slots are dropped at once and the
+    cache is as small as possible (KVCache), which suits the CPU.
     """
 
     static: bool
-    capture: Callable | None = None  # makes a graph of a step; None: every step runs eagerly
+    capture: Callable | None = None  # captures a step as a graph; None: steps run eagerly
     bucket: int = BUCKET  # a static cache is read up to a multiple of this many columns
-    # Tokens of the longest prompt that may come, for which a static cache has room from the start:
-    # else its columns, and with them graphs and rounding, would depend on the prompts so far.
+    # Length in tokens of the longest prompt that can come. A static cache has room for it from the
+    # start. Otherwise its columns, its graphs and its rounding would depend on earlier prompts.
     longest_prompt: int = 0
-    # Static slots and their graphs, kept from call to call with the key of what they are made for.
+    # Static slots and their graphs, kept between calls, with the key that tells what they fit.
     kept: tuple[tuple, "Slots"] | None = field(default=None, repr=False)
 
     @classmethod
     def for_device(cls, device: torch.device) -> "DecodeSetup":
-        """Static slots and graphs on CUDA; a growing cache elsewhere."""
+        """Static slots and graphs on CUDA, a growing cache elsewhere."""
         return cls(True, capture) if device.type == "cuda" else cls(False)
 
 
 class Slots:
-    """n slots: the row in each, its last token, its part of the cache."""
+    """n slots. Each has a row, the row's last token and a part of the cache."""
 
     def __init__(self, model: nn.Module, rows: Rows, slots: int, longest: int, setup: DecodeSetup):
-        """longest: tokens of the longest prompt that will ever be placed."""
+        """longest: length in tokens of the longest prompt that will be placed."""
         self.model, self.rows, self.slots, self.longest = model, rows, slots, longest
         self.setup, self.static = setup, setup.static
         device = rows.length.device
-        # By slots in use and columns read; None where a step runs eagerly for want of memory.
+        # Keys: (slots in use, columns read). None: no memory for a graph, the step runs eagerly.
         self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
-        # One memory pool for all graphs: what one computes on the way is of no use to another.
+        # All graphs share one memory pool, since no graph uses the temporary results of another.
         cuda = setup.capture and device.type == "cuda" and torch.cuda.is_available()
         self.pool = torch.cuda.graph_pool_handle() if cuda else None
         self.row = torch.zeros(slots, dtype=torch.int64, device=device)
         self.token = torch.zeros(slots, dtype=torch.int64, device=device)
         self.over = torch.ones(slots, dtype=torch.bool, device=device)
-        self.done = torch.zeros(1, dtype=torch.int64, device=device)  # steps done by the device
-        self.asked = 0  # and steps asked for
+        self.done = torch.zeros(1, dtype=torch.int64, device=device)  # steps that the device did
+        self.asked = 0  # steps that the host started
         self.cache: KVCache | StaticCache | None = None
         self.n = slots  # slots in use
 
     def begin(self) -> None:
-        """As if new, for rows anew; only where static."""
+        """Reset the slots for new rows. Only static slots can be reset."""
         self.n, self.asked = self.slots, 0
         self.over.fill_(True)
         self.done.zero_()
         self.cache.clear()
 
     def place(self, group: list[int], rows: list[int], prompt: Prompt) -> None:
-        """Rows of one prompt move into slots and get their first token."""
+        """Put rows of one prompt into slots and sample their first token."""
         if self.cache is None:
             max_new = self.rows.uniform.shape[1]
             sizes = (self.slots, self.longest, max_new, prompt)
@@ -123,10 +123,10 @@ class Slots:
         self.token[index], self.over[index] = self.rows.step(row, z)
 
     def look(self) -> list[bool]:
-        """over[:n], for which the host waits. RuntimeError where a step did not run.
+        """Return over[:n]. The host waits for it.
 
-        A graph that was captured on the wrong device or stream is empty, and its replays do
-        nothing without an error.
+        Raises RuntimeError if a step did not run. A graph that was captured on the wrong device or
+        stream is empty, and replaying it does nothing and raises no error.
         """
         *over, done = torch.cat([self.over[: self.n].to(torch.int64), self.done]).tolist()
         if done != self.asked:
@@ -134,7 +134,7 @@ class Slots:
         return [bool(x) for x in over]
 
     def shrink(self, ended: list[bool], waiting: bool) -> list[int]:
-        """Let ended rows go, given over[:n] as a list; the slots that are free for waiting rows."""
+        """Release ended rows, given over[:n] as a list. Return the slots free for waiting rows."""
         alive = [slot for slot, one in enumerate(ended) if not one]
         if len(alive) >= SHRINK * len(ended):
             return []
@@ -143,7 +143,7 @@ class Slots:
         if waiting:
             return free
         n = len(alive)
-        if self.static:  # one of few numbers, since each has graphs of its own
+        if self.static:  # use few different sizes, since each needs its own graphs
             n = self.n
             while -(-n // 2) >= len(alive) and n > 1:
                 n = -(-n // 2)
@@ -157,7 +157,7 @@ class Slots:
         return []
 
     def step(self) -> None:
-        """A token for every slot in use."""
+        """Decode one token in every slot in use."""
         self.cache.make_room()
         key = (self.n, self.cache.shape)
         if graph := self.graphs.get(key):
@@ -184,23 +184,23 @@ class Slots:
         self.done += 1
 
     def _capture(self, key: tuple) -> None:
-        """Keep this step's kernels, which have just run and so are warm, for the next ones."""
+        """Capture this step for later steps. Its kernels have just run, so they are warm."""
         try:
             self.graphs[key] = self.setup.capture(self._step, self.pool)
         except torch.OutOfMemoryError:
             self.graphs[key] = None  # other shapes may still fit
             warnings.warn(f"no memory to capture a decoding step of shape {key}", stacklevel=2)
         except RuntimeError as error:
-            self.setup.capture = None  # it would fail again
+            self.setup.capture = None  # another attempt would fail too
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             warnings.warn(f"decoding goes on without CUDA graphs: {reason}", stacklevel=2)
 
 
 def capture(step: Callable[[], None], pool: tuple | None = None) -> torch.cuda.CUDAGraph:
-    """A step as a CUDA graph: replay() launches all its kernels at once, on the same memory.
+    """Capture a step as a CUDA graph: replay() launches all its kernels at once on the same memory.
 
-    Nothing runs now. The step must read and write tensors of the current device alone, whose
-    addresses stay. pool: memory for what it computes on the way. After a failure stream and
+    Capturing runs no kernel. The step must use only tensors of the current device whose addresses
+    do not change. pool is the memory for temporary results. After a failure, the stream and the
     allocator are as before.
     """
     graph = torch.cuda.CUDAGraph()
@@ -209,9 +209,9 @@ def capture(step: Callable[[], None], pool: tuple | None = None) -> torch.cuda.C
         with torch.cuda.graph(graph, pool=pool):
             step()
     except BaseException:
-        torch.cuda.set_stream(stream)  # a capture that fails late leaves its own stream in place
+        torch.cuda.set_stream(stream)  # a capture that fails late leaves its own stream current
         memory = torch.cuda.memory
-        with suppress(RuntimeError):  # raised where the capture has ended its allocation itself
+        with suppress(RuntimeError):  # raised if the capture has already ended its allocation
             memory._cuda_endAllocateToPool(stream.device_index, pool)
             memory._cuda_releasePool(stream.device_index, pool)
         raise
