@@ -132,8 +132,16 @@ def _set_labels(arms: list[Arm]) -> None:
     configs = [_without_run_keys(arm.config) for arm in arms]
     keys = dict.fromkeys(key for config in configs for key in config)
     differing = [key for key in keys if len({json.dumps(c.get(key)) for c in configs}) > 1]
+    defaults = as_saved(Config())
     for arm, config in zip(arms, configs, strict=True):
         shown = [key for key in differing if config.get(key, "") != "" and key != "reward"]
+        # A default that most arms have would only lengthen their labels.
+        shown = [
+            key
+            for key in shown
+            if config[key] != defaults.get(key)
+            or 2 * sum(c.get(key) == config[key] for c in configs) <= len(configs)
+        ]
         settings = [f"{key}={config[key]}" for key in shown]
         arm.label = ", ".join([str(config.get("reward", "?")), *settings])
 
