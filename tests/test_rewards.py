@@ -397,7 +397,7 @@ def test_the_readmes_reward_in_a_copy_of_the_project(tmp_path, tiny_random):
         (tmp_path / package).mkdir(exist_ok=True)
         for path in (PROJECT / package).glob("*.py"):
             shutil.copy(path, tmp_path / package)
-    if "def asks(" not in (tmp_path / "rewards.py").read_text():  # a reader may have it there
+    if "\ndef asks(" not in (tmp_path / "rewards.py").read_text():  # a reader may have it there
         with open(tmp_path / "rewards.py", "a") as file:
             file.write("\n" + block)
     (tmp_path / "config").mkdir()
