@@ -261,6 +261,8 @@ def fill(cfg: EvalConfig, given: dict) -> EvalConfig:
             values["data"] = saved["train_data"]
         else:
             values |= {key: saved[f"eval_{key}"] for key in ("data", "n", "k", "temperature")}
+            values["max_new_tokens"] = saved.get("eval_new_tokens") or saved["max_new_tokens"]
+            values["seed"] = saved["seed"]
             values |= trained_weights(cfg.run)
     elif tiny.is_tiny(cfg.model):
         values = {"data": cfg.model, "prompt": "none", "max_prompt_tokens": 32}

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 
@@ -10,6 +11,7 @@ from data import prepare
 from eval import Sampling
 from harness.errors import UserError
 from harness.loading import load_model, load_tokenizer
+from settings import Config
 from tasks.datasets import load_completions, load_problems
 
 
@@ -100,6 +102,21 @@ def test_a_model_and_a_run_from_the_command_line(tiny_random, tmp_path, capsys):
     saved = load_completions(str(tmp_path / "o" / "completions.jsonl"))
     again, _, odd = evaluation.grade_completions(saved)
     assert odd == [] and again["accuracy"] == last["accuracy"]
+
+
+@pytest.mark.parametrize("own,tokens", [(77, 77), (0, 64)])
+def test_a_run_is_measured_as_it_measured_itself(tmp_path, own, tokens):
+    """The fault: the seed and the eval's own length were left at other values."""
+    saved = asdict(Config(eval_new_tokens=own, max_new_tokens=64, seed=5, eval_k=3))
+    (tmp_path / "config.json").write_text(json.dumps({"config": saved}))
+    (tmp_path / "model").mkdir()
+    given = {"run": str(tmp_path)}
+    cfg = evaluation.fill(evaluation.EvalConfig(**given), given)
+    assert (cfg.max_new_tokens, cfg.seed, cfg.k) == (tokens, 5, 3)
+    labels = evaluation.fill(evaluation.EvalConfig(labels="x", **given), given)
+    assert (labels.max_new_tokens, labels.seed) == (64, 0)  # as in training, not as in its evals
+    typed = given | {"seed": 9}
+    assert evaluation.fill(evaluation.EvalConfig(**typed), typed).seed == 9
 
 
 @pytest.mark.parametrize(
