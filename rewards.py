@@ -140,8 +140,8 @@ def semantic_entropy(rollouts) -> Tensor:
 def _clusters(rollouts) -> Tensor:
     """int64 [B]: the first row of the group with an equivalent answer; -1 for no answer."""
     if rollouts.cluster is None:  # computed once, since several rewards use it
-        found = answers.found(rollouts.text, rollouts.problem)
-        clusters = grading.clusters(found, rollouts.prompt_index.tolist())
+        groups = rollouts.prompt_index.tolist()
+        clusters = answers.clusters(rollouts.text, rollouts.problem, groups)
         rollouts.cluster = torch.tensor(clusters)
     return rollouts.cluster
 
