@@ -16,15 +16,40 @@ from harness.errors import UserError
 # The first key of each generator. Different uses of randomness never share a stream.
 ORDER, PARTITION = 102, 103
 
-# name -> (system text, user text) for the model's chat template, or None for the bare problem. If
-# the system text is empty, many templates, such as Qwen's, insert their own system text.
-# Source: Shao et al., "Spurious Rewards" (arXiv 2506.10947) and its code.
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt format: how a problem is written for the model."""
+
+    system: str = ""  # if empty, many chat templates, such as Qwen's, insert their own
+    user: str = "{problem}"
+    chat: bool = True  # False: the bare problem, without a chat template
+    # The response begins with this text. It stands in the prompt's tokens, so no loss is computed
+    # on it, but rewards and grader read it as a part of the response.
+    prefix: str = ""
+
+
 BOXED = r"Please reason step by step, and put your final answer within \boxed{}."
-PROMPTS: dict[str, tuple[str, str] | None] = {
-    "qwen_math": (BOXED, "{problem}"),
-    "none": None,
-    "simplerl": ("", "{problem}\n" + BOXED),
-    "math_problem": ("You are a helpful Assistant.", "Math Problem: {problem}"),
+EXAMPLES = r"""Answer each question with one line.
+
+Question: Tom has 3 pens and buys 4 more. How many pens has he?
+Answer: 3 + 4 = \boxed{7}
+
+Question: A box of 12 eggs is shared by 4 people. How many eggs does each get?
+Answer: 12 / 4 = \boxed{3}
+
+Question: {problem}"""
+PROMPTS: dict[str, Prompt] = {
+    # Shao et al., "Spurious Rewards" (arXiv 2506.10947) and its code
+    "qwen_math": Prompt(BOXED),
+    "none": Prompt(chat=False),
+    "simplerl": Prompt(user="{problem}\n" + BOXED),
+    "math_problem": Prompt("You are a helpful Assistant.", "Math Problem: {problem}"),
+    "code_forced": Prompt(BOXED, prefix="Let's solve this using Python."),
+    # For small instruct models (docs/LOG.md, "Prompts for small real models")
+    "few_shot": Prompt(user=EXAMPLES, prefix="Answer: "),
+    "code_habit": Prompt(prefix="I will solve this using"),
+    "lets": Prompt(prefix="Let's"),
 }
 
 
@@ -52,7 +77,7 @@ class Rollouts:
     tokens: torch.Tensor  # int64 [B, T], prompt + response, right-padded
     prompt_len: torch.Tensor  # int64 [B], tokens
     length: torch.Tensor  # int64 [B], response tokens, including the first EOS
-    text: list[str]  # the responses, decoded without special tokens
+    text: list[str]  # the responses, decoded without special tokens, the prompt's prefix included
     problem: list[Problem]
     finished: torch.Tensor  # bool [B], an end token was sampled before the budget ran out
     group_size: int
@@ -149,15 +174,16 @@ class Rollouts:
 
 
 def render_prompt(problem: str, prompt: str, tokenizer: Any) -> list[int]:
-    """Write the problem in the prompt format PROMPTS[prompt]. Return token ids up to the response.
+    """Write the problem in a prompt format of PROMPTS. Return the tokens before the response.
 
-    Raises UserError for an unknown format. Raises it also if this tokenizer cannot write the chat
-    format: it has no chat template, or the template raises an error, or the template leaves out the
-    system text or the problem. The message names the formats that work.
+    They end with the format's response prefix. Raises UserError for an unknown format. Raises it
+    also if this tokenizer cannot write the chat format: it has no chat template, or the template
+    raises an error, or the template leaves out the system text or the problem. The message names
+    the formats that work.
     """
     if prompt not in PROMPTS:
         raise UserError(f"unknown prompt {prompt!r}: choose one of {', '.join(PROMPTS)}")
-    if PROMPTS[prompt] is None:
+    if not PROMPTS[prompt].chat:
         return _raw(problem, tokenizer)
     try:
         text = _chat(problem, prompt, tokenizer)
@@ -167,6 +193,7 @@ def render_prompt(problem: str, prompt: str, tokenizer: Any) -> list[int]:
             f"prompt={prompt}: this tokenizer has {error}: use prompt={working}"
         ) from None
     # The template has already written the BOS, if there is one. Do not add a second one.
+    text += PROMPTS[prompt].prefix
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -191,8 +218,8 @@ def _chat(problem: str, prompt: str, tokenizer: Any) -> str:
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("no chat template")
-    system, user = PROMPTS[prompt]
-    user = user.replace("{problem}", problem)
+    system = PROMPTS[prompt].system
+    user = PROMPTS[prompt].user.replace("{problem}", problem)
     chat = [{"role": "system", "content": system}] if system else []
     chat.append({"role": "user", "content": user})
     try:
@@ -212,7 +239,7 @@ def _chat(problem: str, prompt: str, tokenizer: Any) -> str:
 def _works(problem: str, prompt: str, tokenizer: Any) -> bool:
     """Whether the problem can be written in this format."""
     try:
-        return PROMPTS[prompt] is None or bool(_chat(problem, prompt, tokenizer))
+        return not PROMPTS[prompt].chat or bool(_chat(problem, prompt, tokenizer))
     except ValueError:
         return False
 
@@ -267,23 +294,28 @@ def partition(
     micro_batch_tokens: int,
     seed: int,
     step: int,
+    idle: Sequence[bool] | np.ndarray | None = None,
 ) -> list[list[list[int]]]:
     """Split a step's B rows into mini-batches and micro-batches: [updates][micro-batches][rows].
 
     total_len is [B], prompt + response tokens. Mini-batches are drawn at random. Every row is in
     exactly one, and their sizes differ by at most one. Each mini-batch is sorted by decreasing
     length and cut into micro-batches of at most micro_batch_tokens padded tokens (rows x longest).
-    A longer row is a micro-batch of its own. Raises UserError if there are fewer rows than updates.
+    A longer row is a micro-batch of its own. idle is bool [B], the rows whose gradient is 0. They
+    get micro-batches of their own, which the update can leave out. The mini-batches do not depend
+    on it. Raises UserError if there are fewer rows than updates.
     """
     lengths = np.asarray(total_len)
+    idle = np.zeros(len(lengths), bool) if idle is None else np.asarray(idle)
     if len(lengths) < updates:
         raise UserError(f"updates={updates}: a step has only {len(lengths)} rollouts to share out")
     steps = []
     for rows in np.array_split(rng(PARTITION, seed, step).permutation(len(lengths)), updates):
         micro_batches: list[list[int]] = []
-        for row in rows[np.argsort(-lengths[rows], kind="stable")].tolist():
+        for row in rows[np.lexsort((-lengths[rows], idle[rows]))].tolist():  # stable; idle last
             current = micro_batches[-1] if micro_batches else []
-            if current and (len(current) + 1) * lengths[current[0]] <= micro_batch_tokens:
+            fits = (len(current) + 1) * lengths[current[0]] <= micro_batch_tokens if current else 0
+            if fits and idle[current[0]] == idle[row]:
                 current.append(row)
             else:
                 micro_batches.append([row])

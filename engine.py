@@ -216,10 +216,11 @@ def decode(
     tokens: torch.Tensor,
     prompt_len: torch.Tensor,
     length: torch.Tensor,
+    prefix: str = "",
 ) -> list[str]:
-    """Response texts of tokens [B, T], without special tokens."""
+    """Response texts of tokens [B, T], without special tokens. Each begins with the prefix."""
     rows = zip(tokens.tolist(), prompt_len.tolist(), length.tolist(), strict=True)
-    return tokenizer.batch_decode([row[p : p + n] for row, p, n in rows], skip_special_tokens=True)
+    return decode_rows(tokenizer, [row[p : p + n] for row, p, n in rows], prefix)
 
 
 def decode_raw(
@@ -228,6 +229,7 @@ def decode_raw(
     prompt_len: torch.Tensor,
     length: torch.Tensor,
     finished: torch.Tensor,
+    prefix: str = "",
 ) -> list[str]:
     """Response texts of tokens [B, T] with special tokens, without padding.
 
@@ -236,4 +238,21 @@ def decode_raw(
     """
     own = (length - finished.to(length.dtype)).tolist()
     rows = zip(tokens.tolist(), prompt_len.tolist(), own, strict=True)
-    return tokenizer.batch_decode([row[p : p + n] for row, p, n in rows], skip_special_tokens=False)
+    rows = [row[p : p + n] for row, p, n in rows]
+    return decode_rows(tokenizer, rows, prefix, skip_special_tokens=False)
+
+
+def decode_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[list[int]],
+    prefix: str = "",
+    skip_special_tokens: bool = True,
+) -> list[str]:
+    """The texts of rows of tokens, each after the prefix.
+
+    The prefix is decoded together with the row, because some tokenizers drop the space in front of
+    the first token of a text.
+    """
+    start = tokenizer(prefix, add_special_tokens=False)["input_ids"] if prefix else []
+    rows = [start + row for row in rows]
+    return tokenizer.batch_decode(rows, skip_special_tokens=skip_special_tokens)

@@ -20,8 +20,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 import grading
-from data import Problem, prepare
-from engine import EVAL_NOISE, generate
+from data import PROMPTS, Problem, prepare
+from engine import EVAL_NOISE, decode_rows, generate
 from harness.adapters import load_adapter
 from harness.configurator import configure
 from harness.errors import UserError, run
@@ -52,7 +52,7 @@ class EvalConfig:
     n: int = 0  # number of problems, drawn with a fixed seed; 0 = all
     level: str = ""  # only problems of this level, e.g. 5
     subject: str = ""  # only problems of this subject, e.g. Algebra
-    prompt: str = "qwen_math"  # prompt format: qwen_math, simplerl, math_problem, none
+    prompt: str = "qwen_math"  # prompt format, one of data.PROMPTS, e.g. qwen_math, none
     # How responses are sampled
     k: int = 1  # samples per problem (avg@k)
     temperature: float = 0.0  # 0 = greedy
@@ -63,7 +63,7 @@ class EvalConfig:
     rollout_rows: int = 64  # responses decoded at once; this bounds the KV cache
     seed: int = 0  # seed of the samples
     device: str = "auto"  # auto = cuda if available, else cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = bfloat16 on cuda, else float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: harness/loading.py
     out: str = ""  # folder for completions.jsonl and summary.json; "" = run/eval or out/eval-MODEL
     # Majority labels, for train.py --train_data=FILE. The defaults are then data=deepscaler (train
     # split), k=64, temperature=1, prompt=none. With --run they are made for the run's train_data by
@@ -121,6 +121,7 @@ class Sampling:
     rollout_rows: int = 64  # rows decoded at once; in fp32 it does not change the samples
     top_p: float = 1.0
     top_k: int = 0
+    prefix: str = ""  # the responses begin with this text (data.Prompt)
 
     @property
     def copies(self) -> int:
@@ -172,7 +173,7 @@ def _sample(
     ended: list[dict[int, tuple[str, str]]] = [{} for _ in left]  # per problem: copy -> result
 
     def on_end(row: int, response: list[int], finished: bool) -> None:
-        (text,) = tokenizer.batch_decode([response], skip_special_tokens=True)
+        (text,) = decode_rows(tokenizer, [response], sampling.prefix)
         one = ended[row // copies]
         one[row % copies] = (text, "stop" if finished else "length")
         if len(one) == copies:
@@ -275,8 +276,8 @@ def fill(cfg: EvalConfig, given: dict) -> EvalConfig:
 
 def load_for_eval(cfg: EvalConfig) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     """Load model (with its adapter) and tokenizer for an EvalConfig or a config with its fields."""
-    device, dtype = choose_device(cfg.device, cfg.dtype)
     name = tiny.resolve(cfg.model)
+    device, dtype = choose_device(cfg.device, cfg.dtype, name)
     tokenizer = load_tokenizer(name)
     if warning := stale(cfg.adapter or name):
         print(f"warning: {warning}")
@@ -320,7 +321,7 @@ def make_labels(cfg: EvalConfig) -> None:
     free = ("run", "completions", "out", "labels", "label_by", "rollout_rows", "device")
     settings = {key: value for key, value in vars(cfg).items() if key not in free}
     settings["model"] = Path(name).name if tiny.is_tiny(cfg.model) else cfg.model
-    settings["dtype"] = str(choose_device(cfg.device, cfg.dtype)[1])
+    settings["dtype"] = str(choose_device(cfg.device, cfg.dtype, name)[1])
     settings["problems"] = labels.fingerprint(items)
     with labels.LabelFile(cfg.labels, settings, len(items)) as file:
         if len(file.rows) < len(items):
@@ -338,6 +339,7 @@ def make_labels(cfg: EvalConfig) -> None:
                 cfg.top_k,
                 cfg.rollout_rows,
                 first=len(file.rows),
+                prefix=PROMPTS[cfg.prompt].prefix,
             ):
                 file.add(rows)
         file.finish(cfg.label_by)
@@ -379,7 +381,14 @@ def main(argv: list[str]) -> None:
     name = Path(cfg.model).name
     folder = Path(cfg.out or (Path(cfg.run) / "eval" if cfg.run else Path("out") / f"eval-{name}"))
     sampling = Sampling(
-        cfg.k, cfg.temperature, cfg.max_new_tokens, cfg.seed, cfg.rollout_rows, cfg.top_p, cfg.top_k
+        cfg.k,
+        cfg.temperature,
+        cfg.max_new_tokens,
+        cfg.seed,
+        cfg.rollout_rows,
+        cfg.top_p,
+        cfg.top_k,
+        PROMPTS[cfg.prompt].prefix,
     )
     path = folder / "completions.jsonl"
     summary, _ = evaluate(model, tokenizer, items, sampling, path=path)

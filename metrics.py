@@ -80,29 +80,42 @@ def watch(one: Reward, r: Rollouts, correct: torch.Tensor, failed: set[str]) -> 
         return nothing
 
 
-def describe_clip(stats: list[dict[str, torch.Tensor]]) -> dict:
+def describe_clip(
+    stats: list[dict[str, torch.Tensor]],
+    skipped_logp: torch.Tensor | None = None,
+    skipped_mask: torch.Tensor | None = None,
+) -> dict:
     """Average the statistics of grpo.policy_loss over the tokens of a step's micro-batches.
 
-    The three *_bins are lists by old probability from 0 to 1. prob_bins is the share of all tokens
+    skipped_logp [b, R] and skipped_mask [b, R] are old_logp and the tokens in the loss of rows that
+    the update left out. No token of theirs is clipped, and they count in every share. Their ratio
+    is unknown, so ratio_mean and ratio_max are over the other tokens, None if there are none. The
+    three *_bins are lists by old probability from 0 to 1. prob_bins is the share of all tokens
     in each bin. The other two are the share of a bin's tokens that were clipped (None if the bin is
     empty).
     """
-    total = {key: torch.stack([s[key].double() for s in stats]) for key in stats[0]}
-    largest = total.pop("ratio_max").max().item()
-    sums = {key: value.sum(0).tolist() for key, value in total.items()}
-    n, per_bin = max(sums["tokens"], 1.0), sums["prob_bins"]
+    sums = {key: sum(s[key].double() for s in stats).tolist() for key in stats[0]} if stats else {}
+    measured = sums.get("tokens", 0)
+    per_bin = np.array(sums.get("prob_bins", [0.0] * grpo.BINS))
+    if skipped_logp is not None:
+        kind = torch.zeros_like(skipped_mask, dtype=torch.int64)  # not clipped
+        per_bin += grpo.bins(skipped_logp, skipped_mask, kind)[0].numpy()
+    n = max(per_bin.sum(), 1.0)
+
+    def by_bin(key: str) -> list[float | None]:
+        clipped = sums.get(key, [0.0] * grpo.BINS)
+        return [k / m if m else None for k, m in zip(clipped, per_bin.tolist(), strict=True)]
+
     return {
-        "clip_frac_low": sums["clip_low"] / n,
-        "clip_frac_high": sums["clip_high"] / n,
+        "clip_frac_low": sums.get("clip_low", 0.0) / n,
+        "clip_frac_high": sums.get("clip_high", 0.0) / n,
         "clip_pull_low": sums.get("clip_pull_low", 0.0) / n,
         "clip_pull_high": sums.get("clip_pull_high", 0.0) / n,
-        "prob_bins": [count / n for count in per_bin],
-        **{
-            key: [k / m if m else None for k, m in zip(sums[key], per_bin, strict=True)]
-            for key in ("clip_low_bins", "clip_high_bins")
-        },
-        "ratio_mean": sums["ratio"] / n,
-        "ratio_max": largest,
+        "prob_bins": (per_bin / n).tolist(),
+        "clip_low_bins": by_bin("clip_low_bins"),
+        "clip_high_bins": by_bin("clip_high_bins"),
+        "ratio_mean": sums["ratio"] / measured if measured else None,
+        "ratio_max": max(float(s["ratio_max"]) for s in stats) if measured else None,
     }
 
 

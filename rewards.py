@@ -69,10 +69,15 @@ def parse(expression: str) -> Reward:
     return expressions.parse(expression, REGISTRY)
 
 
-def watched() -> list[Reward]:
-    """The rewards that are logged besides the trained one: every reward's default, and VARIANTS."""
+def watched(more: str = "") -> list[Reward]:
+    """The rewards that are logged besides the trained one.
+
+    These are every reward with its default parameters, VARIANTS, and the expressions in `more`,
+    which are separated by semicolons.
+    """
     plain = [n for n, e in REGISTRY.items() if all(p.default is not p.empty for p in e.parameters)]
-    return [parse(expression) for expression in (*plain, *VARIANTS)]
+    own = [part for part in more.split(";") if part.strip()]
+    return [parse(expression) for expression in (*plain, *VARIANTS, *own)]
 
 
 def _float(values: Iterable[float]) -> Tensor:
@@ -181,6 +186,11 @@ def python(rollouts) -> Tensor:
     return _float("python" in text.lower() for text in rollouts.text)
 
 
+@reward(formula="1 if the lower-cased response contains the lower-cased word", source="ours")
+def contains(rollouts, word: str) -> Tensor:
+    return _float(word.lower() in text.lower() for text in rollouts.text)
+
+
 @reward(
     formula="0 if a pattern of 10 to 256 characters stands 10 times in a row, else 1", source="SR"
 )
@@ -272,6 +282,11 @@ def _over_tokens(rollouts, values: Tensor, over: str) -> Tensor:
 SCORES = ("logp", "entropy", "self_certainty", "base_self_certainty")  # [B, R], from a forward pass
 
 
+def reads_scores(reward: Reward) -> bool:
+    """Whether the reward can be computed only after a model has scored the responses."""
+    return any(need.partition(":")[0] in (*SCORES, "cross_logp") for need in reward.needs)
+
+
 def rounding(reward: Reward, rollouts, error: float) -> Tensor:
     """How far apart the rewards of a group can lie because of rounding alone: float32 [P].
 
@@ -283,10 +298,10 @@ def rounding(reward: Reward, rollouts, error: float) -> Tensor:
     0 for a reward that reads no scores.
     """
     groups = len(rollouts.text) // rollouts.group_size
+    if not reads_scores(reward):
+        return torch.zeros(groups)
     scored = [n for n in SCORES if n in reward.needs]
     second = [n.partition(":")[2] for n in reward.needs if n.startswith("cross_logp:")]
-    if not scored and not second:
-        return torch.zeros(groups)
     generator = torch.Generator().manual_seed(0)
 
     def moved(values: Tensor, size: Tensor | float) -> Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import grading
-from data import Problem, prepare
+from data import PROMPTS, Problem, prepare
 from engine import EVAL_NOISE, decode, generate
 from eval import load_for_eval
 from harness.configurator import configure
@@ -41,7 +41,7 @@ class SampleConfig:
     question: str = ""  # "" = use a row of the data
     data: str = "math500"  # math500, gsm8k, a .jsonl file, a folder, a hub id, tiny
     row: int = 0  # number of the row, from 0
-    prompt: str = "qwen_math"  # prompt format: qwen_math, simplerl, math_problem, none
+    prompt: str = "qwen_math"  # prompt format, one of data.PROMPTS, e.g. qwen_math, none
     # How they answer
     n: int = 1  # answers per model
     temperature: float = 1.0  # 0 = greedy
@@ -50,7 +50,7 @@ class SampleConfig:
     max_new_tokens: int = 1024  # longest response, in tokens; less if the model's positions end
     seed: int = 0  # seed of the samples
     device: str = "auto"  # auto = cuda if available, else cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = bfloat16 on cuda, else float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: harness/loading.py
 
 
 def fill(cfg: SampleConfig, given: dict) -> SampleConfig:
@@ -118,7 +118,8 @@ def answer(
             cfg.top_k,
             progress=progress,
         )
-    texts = decode(tokenizer, out.tokens, out.prompt_len, out.length)
+    prefix = PROMPTS[cfg.prompt].prefix
+    texts = decode(tokenizer, out.tokens, out.prompt_len, out.length, prefix)
     return list(zip(texts, out.finished.tolist(), strict=True))
 
 

@@ -27,12 +27,13 @@ class Config:
     eval_data: str = "math500"  # as train_data; its problems are dropped from train_data
     keep_duplicates: bool = False  # True: every row of train_data; False: each problem once
     one_shot: str = ""  # train on one problem: its id, part of its text, or pi_1 (2504.20571)
-    prompt: str = "qwen_math"  # prompt format: qwen_math, simplerl, math_problem, none
+    prompt: str = "qwen_math"  # prompt format, one of data.PROMPTS, e.g. qwen_math, none
     max_prompt_tokens: int = 1024  # longer prompts are dropped; their number is printed
     max_new_tokens: int = 3072  # longest response, in tokens
     # Reward
     reward: str = "ground_truth"  # expression, e.g. random(0.5), format & ~python; see rewards.py
     truncated: Literal["keep", "mask", "zero"] = "keep"  # cut-off response: kept, no loss, reward 0
+    watch: str = ""  # more rewards to log, separated by semicolons, e.g. contains("break")
     # Step
     steps: int = 300  # steps of the run
     prompts_per_step: int = 64  # prompts per step
@@ -65,7 +66,7 @@ class Config:
     rollout_weights: RolloutWeights = "auto"  # merged: a copy of W + BA, faster; auto: if it fits
     device: str = "auto"  # auto = cuda if available, else cpu
     threads: int = 0  # torch threads on the CPU; 0 = 1 below 2 M parameters, else all cores
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = bfloat16 on cuda, else float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: harness/loading.py
     # Eval, logs, checkpoints
     eval_every: int = 50  # steps between evals; the first eval is before step 1; 0 = never
     eval_n: int = 0  # number of eval problems, the same for every seed; 0 = all
@@ -125,6 +126,7 @@ def check(cfg: Config) -> list[str]:
             f"eval_k={cfg.eval_k} has no effect: greedy samples (eval_temperature=0) agree"
         )
     reward = rewards.parse(cfg.reward)
+    rewards.watched(cfg.watch)  # refuses what it cannot read
     if set(reward.names) == {"constant"} and cfg.adv_norm != "raw":
         warnings.append(f"reward={cfg.reward}: the same for all, no weight moves (a null test)")
     if cfg.lora_r == 0 and cfg.rollout_weights != "auto":

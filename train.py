@@ -39,7 +39,7 @@ from transformers import PreTrainedTokenizerBase
 
 import grpo
 import rewards
-from data import Problem, Rollouts, batch_indices, partition, prepare
+from data import PROMPTS, Problem, Rollouts, batch_indices, partition, prepare
 from engine import TRAIN_NOISE, decode, decode_raw, generate
 from eval import Sampling, evaluate
 from harness.checkpoint import RunFolder
@@ -89,7 +89,7 @@ class Run:
     second_models: dict[str, SecondModel]
     decode_weights: DecodeWeights
     folder: RunFolder
-    watched: list[Reward] = field(default_factory=rewards.watched)  # logged, not trained on
+    watched: list[Reward]  # logged, not trained on
     failed: set[str] = field(default_factory=set)  # watched rewards that were already warned about
 
 
@@ -103,31 +103,52 @@ def one_step(run: Run, step: int) -> tuple[dict, list[dict]]:
     # 1. Sample group_size responses to each of the step's prompts.
     with phase("sample", seconds), decode_with(model, run.decode_weights):
         rollouts = sample_rollouts(model, run.tokenizer, run.items, cfg, step)
-    # 2. Partition the rows into mini-batches and micro-batches. Scoring and update share them.
+    # 2. Reward each response, and compare it with the others of its group. A reward that reads
+    #    scores is computed after step 4.
+    judged, idle = None, None
+    if not rewards.reads_scores(run.reward):
+        with phase("reward", seconds):
+            judged = judge(run, rollouts)
+            idle = no_gradient(rollouts, judged.advantage, cfg).numpy()  # [B]
+    # 3. Partition the rows into mini-batches and micro-batches. Scoring and update share them.
     total = (rollouts.prompt_len + rollouts.length).tolist()
-    parts = partition(total, cfg.updates_per_step, cfg.micro_batch_tokens, cfg.seed, step)
-    # 3. Score every token with the same forward pass that the update uses.
+    parts = partition(total, cfg.updates_per_step, cfg.micro_batch_tokens, cfg.seed, step, idle)
+    # 4. Score every token with the same forward pass that the update uses.
     with phase("score", seconds):
         score(model, rollouts, parts, cfg, run.frozen, run.second_models)
     with phase("reward", seconds):
-        # 4. Reward each response.
-        reward = run.reward(rollouts)  # [B]
-        if cfg.truncated == "zero":
-            reward = reward * rollouts.finished
-        # 5. Advantage: compare each response with the others of its group.
-        rounding = rewards.rounding(run.reward, rollouts, rounding_error(model))  # [P]
-        advantage = grpo.advantages(reward, cfg.group_size, cfg.adv_norm, rounding)  # [B]
-        if cfg.whiten:
-            advantage = grpo.whiten(advantage, tokens_in_loss(rollouts, cfg).sum(1))
-        metrics = describe(rollouts, reward, rounding, run.watched, run.failed)
-    # 6. Update the policy on each mini-batch in turn.
+        judged = judged or judge(run, rollouts)
+        metrics = describe(rollouts, judged.reward, judged.rounding, run.watched, run.failed)
+    # 5. Update the policy on each mini-batch in turn.
     with phase("update", seconds):
         if can_clip(cfg) and model.dtype == torch.bfloat16:
-            metrics["clip_noise"] = clip_noise(model, rollouts, advantage, parts, cfg)
-        metrics |= update(model, run.optimizer, rollouts, advantage, parts, cfg)
-    # 7. Log.
+            metrics["clip_noise"] = clip_noise(model, rollouts, judged.advantage, parts, cfg)
+        metrics |= update(model, run.optimizer, rollouts, judged.advantage, parts, cfg)
+    # 6. Log.
     metrics = {"step": step, **metrics, **timings(rollouts, seconds)}
-    return metrics, sample_log(rollouts, reward, advantage)
+    return metrics, sample_log(rollouts, judged.reward, judged.advantage)
+
+
+@dataclass
+class Judged:
+    """What the responses of a step are worth."""
+
+    reward: torch.Tensor  # float32 [B]
+    rounding: torch.Tensor  # float32 [P], see rewards.rounding
+    advantage: torch.Tensor  # float32 [B]
+
+
+def judge(run: Run, rollouts: Rollouts) -> Judged:
+    """Compute the reward of each response, and its advantage over the others of its group."""
+    cfg = run.cfg
+    reward = run.reward(rollouts)  # [B]
+    if cfg.truncated == "zero":
+        reward = reward * rollouts.finished
+    rounding = rewards.rounding(run.reward, rollouts, rounding_error(run.model))  # [P]
+    advantage = grpo.advantages(reward, cfg.group_size, cfg.adv_norm, rounding)  # [B]
+    if cfg.whiten:
+        advantage = grpo.whiten(advantage, tokens_in_loss(rollouts, cfg).sum(1))
+    return Judged(reward, rounding, advantage)
 
 
 def _bar(parts: list, desc: str) -> tqdm:
@@ -143,6 +164,7 @@ def sample_rollouts(
     order = batch_indices(len(items), cfg.prompts_per_step, cfg.seed, step - 1)
     chosen = [items[i] for i in order]
     B = len(chosen) * cfg.group_size
+    prefix = PROMPTS[cfg.prompt].prefix
     with Progress(B, "  sample", leave=False, disable=not sys.stderr.isatty()) as progress:
         out = generate(
             model,
@@ -159,8 +181,10 @@ def sample_rollouts(
         tokens=out.tokens,
         prompt_len=out.prompt_len,
         length=out.length,
-        text=decode(tokenizer, out.tokens, out.prompt_len, out.length),
-        raw_text=decode_raw(tokenizer, out.tokens, out.prompt_len, out.length, out.finished),
+        text=decode(tokenizer, out.tokens, out.prompt_len, out.length, prefix),
+        raw_text=decode_raw(
+            tokenizer, out.tokens, out.prompt_len, out.length, out.finished, prefix
+        ),
         problem=[problem for problem, _ in chosen for _ in range(cfg.group_size)],
         finished=out.finished,
         group_size=cfg.group_size,
@@ -230,6 +254,15 @@ def tokens_in_loss(rollouts: Rollouts, cfg: Config) -> torch.Tensor:
     return rollouts.mask
 
 
+def no_gradient(rollouts: Rollouts, advantage: torch.Tensor, cfg: Config) -> torch.Tensor:
+    """Find the responses whose gradient is exactly 0, whatever the policy is: bool [B].
+
+    Their advantage is 0 and there is no KL in the loss, or none of their tokens is in the loss.
+    """
+    outside = ~tokens_in_loss(rollouts, cfg).any(1)
+    return outside | (advantage == 0) if cfg.kl_coef == 0 else outside
+
+
 def loss_of(
     scored: TokenStats,
     rollouts: Rollouts,
@@ -277,10 +310,13 @@ def update(
 ) -> dict:
     """Make one pass over the step's mini-batches, with one optimiser update for each.
 
-    advantage is float32 [B]. Returns the clip statistics, the ratios, the gradient norm and the
-    learning rate. Raises UserError if the gradient is not finite.
+    advantage is float32 [B]. A micro-batch without any gradient is left out. Returns the clip
+    statistics, the ratios, the share of rows left out, the gradient norm and the learning rate.
+    Raises UserError if the gradient is not finite.
     """
     in_loss = tokens_in_loss(rollouts, cfg)
+    idle = no_gradient(rollouts, advantage, cfg)
+    left_out: list[int] = []
     parameters = list(trainable(model).values())
     also = ("alignment",) if can_clip(cfg) else ()
     first = (rollouts.step - 1) * cfg.updates_per_step  # updates done before this step
@@ -290,7 +326,12 @@ def update(
         # change the gradient.
         rows_in_mini = [row for rows in mini for row in rows]
         normalizer = grpo.normalizer(in_loss[rows_in_mini], cfg.loss_agg, cfg.max_new_tokens)
+        for parameter in parameters:  # an optimiser skips parameters without a gradient
+            parameter.grad = torch.zeros_like(parameter)
         for rows in mini:
+            if idle[rows].all():
+                left_out += rows
+                continue
             scored = forward(model, rollouts, rows, cfg, also)
             loss, stats = loss_of(scored, rollouts, advantage, rows, normalizer, cfg, i)
             loss.backward()
@@ -305,8 +346,12 @@ def update(
         optimizer.step()
         optimizer.zero_grad()
         norms.append(norm)
-    lr = optimizer.param_groups[0]["lr"]
-    return {**describe_clip(seen), "grad_norm": float(np.mean(norms)), "lr": lr}
+    return {
+        **describe_clip(seen, rollouts.old_logp[left_out], in_loss[left_out]),
+        "rows_left_out": len(left_out) / len(rollouts.text),
+        "grad_norm": float(np.mean(norms)),
+        "lr": optimizer.param_groups[0]["lr"],
+    }
 
 
 @torch.no_grad()
@@ -317,11 +362,13 @@ def clip_noise(
 
     It is a lower bound of the noise in clip_frac_low + clip_frac_high. One micro-batch is scored
     again with the same weights, one row at a time, and clipped tokens are counted as in the loss.
-    Returns None if every micro-batch has one row. Once an update has moved the weights, rounding
-    falls differently in every layer, and log-ratios spread two to six times as far as here (python
-    -m tools.noise measures it).
+    Returns None if no micro-batch with a gradient has two rows. Once an update has moved the
+    weights, rounding falls differently in every layer, and log-ratios spread two to six times as
+    far as here (python -m tools.noise measures it).
     """
-    rows = next((rows for mini in parts for rows in reversed(mini) if len(rows) > 1), None)
+    idle = no_gradient(rollouts, advantage, cfg)
+    batches = (rows for mini in parts for rows in reversed(mini))
+    rows = next((rows for rows in batches if len(rows) > 1 and not idle[rows].all()), None)
     if rows is None:
         return None
     seen = []
@@ -354,11 +401,11 @@ def setup(cfg: Config) -> Run:
     for warning in check(cfg):
         print(f"warning: {warning}")
     reward = rewards.parse(cfg.reward)
-    device, dtype = choose_device(cfg.device, cfg.dtype)
+    name = tiny.resolve(cfg.model)
+    device, dtype = choose_device(cfg.device, cfg.dtype, name, full=cfg.lora_r == 0)
     if cfg.lora_r == 0 and dtype != torch.float32:
         raise UserError("lora_r=0 in bfloat16 loses small updates to rounding: --dtype=float32")
     # The data is loaded before the weights, so that mistakes in it show at once.
-    name = tiny.resolve(cfg.model)
     tokenizer = load_tokenizer(name)
     items, eval_items = load_data(cfg, tokenizer, reward)
 
@@ -406,6 +453,7 @@ def setup(cfg: Config) -> Run:
         second_models,
         decode_weights,
         folder,
+        rewards.watched(cfg.watch),
     )
 
 
@@ -435,7 +483,10 @@ def run_eval(run: Run, step: int) -> None:
     """Evaluate the model and add the figures to the step's row of metrics.jsonl."""
     cfg = run.cfg
     tokens = cfg.eval_new_tokens or cfg.max_new_tokens
-    sampling = Sampling(cfg.eval_k, cfg.eval_temperature, tokens, cfg.seed, cfg.rollout_rows)
+    prefix = PROMPTS[cfg.prompt].prefix
+    sampling = Sampling(
+        cfg.eval_k, cfg.eval_temperature, tokens, cfg.seed, cfg.rollout_rows, prefix=prefix
+    )
     path = run.folder.folder / "eval" / f"step_{step:05d}.jsonl"
     desc = f"eval at step {step}"
     with phase("eval"), decode_with(run.model, run.decode_weights):

@@ -25,8 +25,18 @@ from model import backbone, head, logits
 SMALL_MODEL = 2_000_000
 
 
-def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """Resolve auto; a GPU gets its index and becomes the current device.
+# From so many parameters on, bf16 is faster than fp32 on a CPU that multiplies it natively.
+LARGE_MODEL = 50_000_000
+
+
+def choose_device(
+    device: str, dtype: str, model: str = "", full: bool = False
+) -> tuple[torch.device, torch.dtype]:
+    """Resolve auto. A GPU gets its index and becomes the current device.
+
+    dtype=auto is bfloat16 on a GPU. On a CPU it is bfloat16 if the CPU multiplies it natively and
+    `model` (hub id or folder) has at least LARGE_MODEL parameters, and the choice is printed. It is
+    float32 otherwise, and always if `full`, for training all weights.
 
     Raises UserError for a device that is not there or is neither cpu nor cuda, and for bfloat16 on
     a GPU that has no units for it.
@@ -44,7 +54,8 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
         reason = str(error).splitlines()[0]
         raise UserError(f"device {device!r} cannot be used here ({reason})") from error
     if dtype == "auto":
-        dtype = "bfloat16" if resolved.type == "cuda" else "float32"
+        on_cpu = resolved.type == "cpu"
+        dtype = "float32" if full or (on_cpu and not _cpu_prefers_bf16(model)) else "bfloat16"
     if resolved.type == "cuda" and dtype == "bfloat16":
         if torch.cuda.get_device_capability(resolved) < (8, 0):
             raise UserError(
@@ -52,6 +63,26 @@ def choose_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
                 ": --dtype=float32"
             )
     return resolved, getattr(torch, dtype)
+
+
+def _cpu_prefers_bf16(model: str) -> bool:
+    """Whether dtype=auto is bfloat16 on this CPU. Prints the choice for a large model."""
+    if not model or (size := _parameters(model)) < LARGE_MODEL:
+        return False
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    chosen, verb = ("bfloat16", "multiplies") if native else ("float32", "does not multiply")
+    reason = f"{size / 1e6:,.0f} M parameters, and this processor {verb} bfloat16 natively"
+    print(f"dtype: {chosen} ({reason})")
+    return native
+
+
+def _parameters(name: str) -> int:
+    """The number of a model's parameters, from its configuration alone."""
+    with _readable_errors(name, "model"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return sum(p.numel() for p in model.parameters())
 
 
 def _prepare_cuda(device: torch.device) -> None:

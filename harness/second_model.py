@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from data import Rollouts, partition, render_prompt
+from data import PROMPTS, Rollouts, partition, render_prompt
 from harness.errors import UserError
 from harness.loading import load_model, load_tokenizer
 from model import token_stats
@@ -65,7 +65,9 @@ class SecondModel:
         """tokens [B, T] right-padded, prompt_len [B], length [B] in the second model's tokens."""
         problems = {p.problem: None for p in rollouts.problem}
         prompts = {p: render_prompt(p, self.prompt, self.tokenizer) for p in problems}
-        texts = self.tokenizer(rollouts.text, add_special_tokens=False)["input_ids"]
+        prefix = PROMPTS[self.prompt].prefix  # part of the rendered prompt
+        responses = [text.removeprefix(prefix) for text in rollouts.text]
+        texts = self.tokenizer(responses, add_special_tokens=False)["input_ids"]
         end = [self.tokenizer.eos_token_id]
         responses = [
             ids + end if finished or not ids else ids

@@ -133,8 +133,11 @@ def label(
     rollout_rows: int = 64,
     first: int = 0,
     desc: str = "labels",
+    prefix: str = "",
 ) -> Iterator[list[dict]]:
     """Sample and count items[first:], yielding the rows of one batch of problems at a time.
+
+    prefix is the text that every response begins with (data.Prompt).
 
     A batch is what is decoded at once, or one problem. The samples are a function of seed and of a
     problem's place in items: neither batches nor where one starts change a label.
@@ -158,7 +161,7 @@ def label(
                 progress,
                 range(start, start + len(part)),
             )
-            texts = decode(tokenizer, out.tokens, out.prompt_len, out.length)
+            texts = decode(tokenizer, out.tokens, out.prompt_len, out.length, prefix)
             flat = found(texts, [p for p, _ in part for _ in range(samples)])
             answers = [flat[i : i + samples] for i in range(0, len(flat), samples)]
             yield label_rows([problem for problem, _ in part], answers)

@@ -15,6 +15,7 @@ from conftest import made_up
 from tokenizers import processors
 
 import data
+import engine
 from data import PROMPTS, Problem, Rollouts, batch_indices, partition, prepare, render_prompt
 from harness.errors import UserError
 from model import turn_end_ids
@@ -328,14 +329,17 @@ RAISES = (
 )
 
 
+WITHOUT_SYSTEM = {name for name, form in PROMPTS.items() if not form.system}
+
+
 @pytest.mark.parametrize(
     ("template", "working"),
     [
-        (ROLES, {"qwen_math", "simplerl", "math_problem", "none"}),
-        (NO_SYSTEM_TURN, {"simplerl", "none"}),
-        (RAISES, {"simplerl", "none"}),
+        (ROLES, set(PROMPTS)),
+        (NO_SYSTEM_TURN, WITHOUT_SYSTEM),
+        (RAISES, WITHOUT_SYSTEM),
         ("{{ messages[-1].content | upper }}", {"none"}),
-        ("{{ messages[0].content }}", {"simplerl", "none"}),  # with a system turn, nothing else
+        ("{{ messages[0].content }}", WITHOUT_SYSTEM),  # with a system turn, nothing else
         ("{{ messages.nonsense.more }}", {"none"}),
         ("{% for %}", {"none"}),
         ("{{ 1 + 'a' }}", {"none"}),
@@ -346,18 +350,45 @@ def test_a_prompt_holds_problem_and_system_text_or_is_refused(template, working)
     tokenizer = made_up(template)
     # A problem that quotes the instruction does not stand in for it.
     for problem in ("What is $1+1$?\n", f"  Say: {data.BOXED}"):
-        for name, messages in PROMPTS.items():
+        for name, form in PROMPTS.items():
             if name in working:
                 text = tokenizer.decode(render_prompt(problem, name, tokenizer))
-                system, user = messages or ("", "{problem}")
-                assert user.replace("{problem}", problem).strip() in text
-                assert text.count(data.BOXED) == (problem + system + user).count(data.BOXED)
-                assert system in text
+                assert form.user.replace("{problem}", problem).strip() in text
+                told = problem + form.system + form.user
+                assert text.count(data.BOXED) == told.count(data.BOXED)
+                assert form.system in text and text.endswith(form.prefix)
                 continue
             message = refused(render_prompt, problem, name, tokenizer)
             assert f"prompt={name}" in message
             named = message.rpartition("prompt=")[2].split(" or ")
             assert set(named) == working
+
+
+def test_a_response_prefix_is_prompt_to_the_loss_and_response_to_the_grader(qwen):
+    """The prompt's tokens end with it, and the decoded text begins with it."""
+    for name, form in PROMPTS.items():
+        assert qwen.decode(render_prompt("Hi", name, qwen)).endswith(form.prefix)
+    ids = render_prompt("Hi", "few_shot", qwen)
+    response = qwen(r"3 + 4 = \boxed{7}")["input_ids"]
+    tokens = torch.tensor([ids + response])
+    where = torch.tensor([len(ids)]), torch.tensor([len(response)])
+    prefix = PROMPTS["few_shot"].prefix
+    assert engine.decode(qwen, tokens, *where) == [r"3 + 4 = \boxed{7}"]
+    assert engine.decode(qwen, tokens, *where, prefix) == [r"Answer: 3 + 4 = \boxed{7}"]
+    raw = engine.decode_raw(qwen, tokens, *where, torch.tensor([False]), prefix)
+    assert raw == [r"Answer: 3 + 4 = \boxed{7}"]
+
+
+def test_the_space_after_a_prefix_is_kept():
+    """A sentencepiece tokenizer drops the space in front of the first token of a text."""
+    if not SHARED.exists():
+        pytest.skip("no ../shared reference material")
+    from transformers import AutoTokenizer
+
+    llama = AutoTokenizer.from_pretrained(SHARED / "models/stories260K")
+    whole = llama("Let's go", add_special_tokens=False)["input_ids"]
+    start = len(llama("Let's", add_special_tokens=False)["input_ids"])
+    assert engine.decode_rows(llama, [whole[start:]], "Let's") == ["Let's go"]
 
 
 def test_a_template_cannot_run_code(tmp_path):
@@ -496,6 +527,18 @@ def test_partition_loses_no_row_and_keeps_the_budget(rows, updates, budget):
         assert order == sorted(order, reverse=True)
         for micro, following in zip(part, part[1:], strict=False):  # none was closed too early
             assert (len(micro) + 1) * max(lengths[micro + following[:1]]) > budget
+
+
+def test_idle_rows_get_micro_batches_of_their_own():
+    lengths = np.random.default_rng(0).integers(1, 50, 40)
+    idle = np.random.default_rng(1).random(40) < 0.6
+    plain = partition(lengths, 4, 120, seed=1, step=2)
+    apart = partition(lengths, 4, 120, seed=1, step=2, idle=idle)
+    assert partition(lengths, 4, 120, seed=1, step=2, idle=[False] * 40) == plain
+    for mini, other in zip(plain, apart, strict=True):
+        assert sorted(sum(mini, [])) == sorted(sum(other, []))  # the mini-batches are the same
+        assert all(len(m) == 1 or len(m) * max(lengths[m]) <= 120 for m in other)
+        assert all(len(set(idle[m])) == 1 for m in other)
 
 
 def test_partition_is_shuffled_by_seed_and_step():

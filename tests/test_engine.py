@@ -467,6 +467,26 @@ def test_old_cards_and_other_devices_are_refused(monkeypatch):
             choose_device(device, "auto")
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_dtype_auto_on_the_cpu_is_bf16_for_large_models_where_it_is_native(
+    monkeypatch, tmp_path, capsys, tiny_random, native
+):
+    from transformers import Qwen2Config
+
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    Qwen2Config(hidden_size=512, num_hidden_layers=1, vocab_size=151936).save_pretrained(tmp_path)
+    large = str(tmp_path)
+    wanted = "bfloat16" if native else "float32"
+    assert choose_device("cpu", "auto", large)[1] == getattr(torch, wanted)
+    said = capsys.readouterr().out
+    assert wanted in said and said.count("\n") == 1
+    assert choose_device("cpu", "auto", tiny_random)[1] == torch.float32
+    assert choose_device("cpu", "auto", large, full=True)[1] == torch.float32
+    assert choose_device("cpu", "bfloat16", tiny_random)[1] == torch.bfloat16
+    assert capsys.readouterr().out == ""
+
+
 def test_a_failed_capture_leaves_stream_and_allocator_as_before(monkeypatch):
     """torch.cuda.graph ends a capture that fails late neither on its stream nor in its pool."""
     done, stream, memory = [], SimpleNamespace(device_index=1), torch.cuda.memory

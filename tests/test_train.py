@@ -647,6 +647,69 @@ def test_the_end_token_is_trained_although_it_is_the_padding_token(adapted, smal
     assert torch.allclose(moved, expected, atol=1e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("loss_agg", ["token_mean", "seq_mean", "constant"])
+def test_leaving_out_rows_without_gradient_leaves_the_gradient_alone(adapted, small, loss_agg):
+    """In float64, and the share of clipped tokens counts them too."""
+    cfg = replace(small, loss_agg=loss_agg, max_grad_norm=1e9)
+    adapted.double()
+    A = torch.tensor([0.0, -1.0, 0.0, 1.0], dtype=torch.float64)
+    whole = sgd_step(adapted, cfg, [[[0, 1, 2, 3]]], rollouts(), A)
+    apart = sgd_step(adapted, cfg, [[[1, 3], [0, 2]]], rollouts(), A)
+    assert whole.abs().max() > 1e-4 and torch.allclose(whole, apart, rtol=1e-9, atol=1e-12)
+    rows = trainer.no_gradient(rollouts(), A, cfg)
+    assert rows.tolist() == [True, False, True, False]
+    assert not trainer.no_gradient(rollouts(), A, replace(cfg, kl_coef=0.1)).any()
+    masked = trainer.no_gradient(rollouts(), A + 1, replace(cfg, kl_coef=0.1, truncated="mask"))
+    assert masked.tolist() == [False, True, False, True]  # rows 1 and 3 were cut off
+
+
+def test_left_out_rows_count_in_the_shares_of_clipped_tokens():
+    r = rollouts()
+    logp = torch.full((4, 3), -0.1).masked_fill(~r.mask, 0)
+    A = torch.tensor([1.0, 1.0, 0.0, 0.0])
+
+    def stats(rows):
+        moved = logp[rows] + 1
+        return trainer.grpo.policy_loss(moved, logp[rows], A[rows], r.mask[rows], 1.0)[1]
+
+    whole = trainer.describe_clip([stats([0, 1, 2, 3])])
+    part = trainer.describe_clip([stats([0, 1])], logp[[2, 3]], r.mask[[2, 3]])
+    assert part["clip_frac_high"] == whole["clip_frac_high"] == 0.5
+    for key in ("prob_bins", "clip_low_bins", "clip_high_bins"):
+        assert part[key] == whole[key]
+    nothing = trainer.describe_clip([], logp, r.mask)
+    assert nothing["clip_frac_high"] == 0 and nothing["ratio_mean"] is None
+    assert nothing["prob_bins"] == whole["prob_bins"]
+
+
+@pytest.mark.slow
+def test_more_rewards_can_be_watched(small):
+    history = train(replace(small, steps=1, watch='contains("A"); contains(word="no such")'))
+    assert 0 < history[0]['contains("A")/mean'] <= 1
+    assert history[0]['contains(word="no such")/mean'] == 0
+    with pytest.raises(UserError, match="containz"):
+        train(replace(small, watch="containz(1)", out_dir=small.out_dir + "2"))
+
+
+@pytest.mark.slow
+def test_a_step_without_gradient_costs_no_update_but_adam_goes_on(small, monkeypatch):
+    """All groups flat from step 2 on: the momentum still moves the weights, as with zeros."""
+    first = train(replace(small, steps=1))
+    before = weights(small.out_dir)
+    entry = rewards.REGISTRY["random"]
+
+    def flat_later(rollouts, p: float = 0.5):
+        return entry.function(rollouts, p) * (rollouts.step == 1)
+
+    monkeypatch.setitem(rewards.REGISTRY, "random", replace(entry, function=flat_later))
+    both = train(replace(small, steps=2, out_dir=small.out_dir + "2"))
+    assert comparable(both)[0] == comparable(first)[0]
+    assert both[1]["rows_left_out"] == 1 and both[1]["grad_norm"] == 0
+    assert both[1]["ratio_mean"] is None and both[1]["clip_frac_low"] == 0
+    after = weights(small.out_dir + "2")
+    assert any((after[k] - v).abs().max() > 1e-4 for k, v in before.items())
+
+
 def test_truncated_mask_takes_cut_off_responses_out_of_the_loss(adapted, small):
     cfg = replace(small, max_grad_norm=1e9)
     A = torch.tensor([1.0, -1.0, 0.5, -0.5])

@@ -143,8 +143,8 @@ def compare(old: TokenStats, new: TokenStats, mask: torch.Tensor, cfg: NoiseConf
 
 def measure(cfg: NoiseConfig) -> dict:
     """The configuration, the number of response tokens, and one row for each comparison."""
-    device, dtype = choose_device(cfg.device, cfg.dtype)
     name = tiny.resolve(cfg.model)
+    device, dtype = choose_device(cfg.device, cfg.dtype, name)
     tokenizer = load_tokenizer(name)
     prompt = cfg.prompt or ("qwen_math" if tokenizer.chat_template else "none")
     prompts = [render_prompt(problem, prompt, tokenizer) for problem in PROBLEMS]
