@@ -195,7 +195,7 @@ def contains(rollouts, word: str) -> Tensor:
     formula="0 if a pattern of 10 to 256 characters stands 10 times in a row, else 1", source="SR"
 )
 def no_repetition(rollouts) -> Tensor:
-    return _float(not _repeats(text) for text in rollouts.text)
+    return _float(not repeats(text) for text in rollouts.text)
 
 
 @reward(formula="response length in tokens, end token included", source="ours", needs=("length",))
@@ -208,7 +208,7 @@ def constant(rollouts, c: float = 1.0) -> Tensor:
     return torch.full((len(rollouts.text),), float(c))
 
 
-def _repeats(text: str, shortest: int = 10, longest: int = 256, times: int = 10) -> bool:
+def repeats(text: str, shortest: int = 10, longest: int = 256, times: int = 10) -> bool:
     """Whether some pattern of shortest to longest characters occurs `times` times in a row.
 
     A pattern of d characters means that text[i] == text[i + d] for (times - 1) d consecutive i. For

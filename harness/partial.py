@@ -63,9 +63,8 @@ class Kept:
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
 
-    def add(self, i: int, completions: list[str], finish_reason: list[str]) -> None:
+    def add(self, i: int, row: dict) -> None:
         """Keep what came of problem i."""
-        row = {"completions": completions, "finish_reason": finish_reason}
         self.rows[i] = row
         if self.file:
             self._append({"i": i, **row})

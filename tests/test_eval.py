@@ -9,6 +9,7 @@ import pytest
 import eval as evaluation
 from data import prepare
 from eval import Sampling
+from evaluation.scores import disagreements, grade, summarize
 from harness.errors import UserError
 from harness.loading import load_model, load_tokenizer
 from settings import Config
@@ -29,14 +30,14 @@ def test_figures_by_hand():
         row([False, True], ["no box", "Python \\boxed{1}"], finish_reason=["stop", "stop"]),
         row([False, False], ["\\boxed{}", "\\boxed{2}"], finish_reason=["stop", "stop"]),
     ]
-    s = evaluation.summarize(rows)
+    s = summarize(rows)
     assert (s["n"], s["k"]) == (3, 2)
     assert s["accuracy"] == pytest.approx(0.5)  # per problem 1, 1/2, 0
     assert s["stderr"] == pytest.approx(0.5 / math.sqrt(3))  # std of (1, .5, 0) is .5
     assert s["boxed"] == pytest.approx(4 / 6) and s["code_frequency"] == pytest.approx(2 / 6)
     assert s["accuracy_code"] == 1.0 and s["accuracy_language"] == pytest.approx(1 / 4)
     assert s["truncated"] == pytest.approx(1 / 6)
-    alone = evaluation.summarize([row([True], ["x"])])
+    alone = summarize([row([True], ["x"])])
     assert alone["stderr"] is None and alone["accuracy_code"] is None and alone["truncated"] is None
 
 
@@ -84,7 +85,10 @@ def test_samples_do_not_depend_on_the_batch(tiny_random):
     small = evaluation.evaluate(
         model, tokenizer, items, Sampling(3, 1.0, 20, seed=1, rollout_rows=5)
     )
-    assert whole == small and whole[0]["n"] == 12 and whole[0]["k"] == 3
+    assert whole[0]["n"] == 12 and whole[0]["k"] == 3
+    for a, b in zip(whole[1], small[1], strict=True):
+        assert a.pop("logprob") == pytest.approx(b.pop("logprob"), abs=2e-4)
+        assert a == b
     other = evaluation.evaluate(model, tokenizer, items, Sampling(3, 1.0, 20, seed=2))
     assert other[1] != whole[1]
 
@@ -100,8 +104,9 @@ def test_a_model_and_a_run_from_the_command_line(tiny_random, tmp_path, capsys):
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["n"] == 5
     saved = load_completions(str(tmp_path / "o" / "completions.jsonl"))
-    again, _, odd = evaluation.grade_completions(saved)
-    assert odd == [] and again["accuracy"] == last["accuracy"]
+    again = grade(saved)
+    assert disagreements(saved, again) == []
+    assert summarize(again) == {key: last[key] for key in summarize(again)}
 
 
 @pytest.mark.parametrize("own,tokens", [(77, 77), (0, 64)])

@@ -182,7 +182,7 @@ def test_completions_of_other_settings_are_not_kept(tmp_path):
     from harness.partial import Kept
 
     with Kept(tmp_path / "c", {"seed": 0}) as kept:
-        kept.add(3, ["x"], ["stop"])
+        kept.add(3, {"completions": ["x"], "finish_reason": ["stop"]})
         with pytest.raises(UserError, match="c.progress"):
             Kept(tmp_path / "c", {"seed": 0})
     with Kept(tmp_path / "c", {"seed": 0}) as kept:
