@@ -24,7 +24,7 @@ from data import PROMPTS, Problem, prepare
 from engine import EVAL_NOISE, decode_rows, generate
 from evaluation.invariance import batch_effect
 from evaluation.labelling import make_labels
-from evaluation.prompts import best_of, prompt_table, try_all
+from evaluation.prompts import best_of, names_of, prompt_table, temperatures_of, try_all
 from evaluation.report import print_summary
 from evaluation.scores import details, disagreements, grade, summarize
 from harness.adapters import load_adapter
@@ -287,9 +287,12 @@ def check(cfg: EvalConfig, given: dict) -> None:
     for key in ("prompt", "temperature"):
         if getattr(cfg, f"{key}s") and key in given:
             raise UserError(f"{key} has no effect with {key}s={getattr(cfg, f'{key}s')}")
-    for key, least in (("k", 1), ("rollout_rows", 1), ("max_new_tokens", 1), ("check_batch", 0)):
-        if getattr(cfg, key) < least:
-            raise UserError(f"{key}={getattr(cfg, key)}: must be at least {least}")
+    names_of(cfg.prompts, "none")  # both refuse what they cannot read
+    temperatures_of(cfg.temperatures, 0.0)
+    least = {"k": 1, "rollout_rows": 1, "max_new_tokens": 1, "check_batch": 0, "temperature": 0}
+    for key, value in least.items():
+        if getattr(cfg, key) < value:
+            raise UserError(f"{key}={getattr(cfg, key)}: must be at least {value}")
 
 
 def main(argv: list[str]) -> None:

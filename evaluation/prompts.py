@@ -144,14 +144,15 @@ def prompt_table(settings: list[Setting]) -> str:
         cells = [one.prompt, f"{one.temperature:g}", str(s["k"])]
         cells += [with_error(s["accuracy"], s["stderr"])]
         cells += [with_error(s["lenient_accuracy"], s["lenient_stderr"]), *shares]
-        lines.append("| " + " | ".join([*map(str.strip, cells), PUBLISHED.get(one.prompt, "")]))
-        lines[-1] += " |"
+        published = PUBLISHED.get(one.prompt, "") if one.temperature == 0 else ""
+        lines.append("| " + " | ".join([*map(str.strip, cells), published]) + " |")
     best, d = best_of(settings), gain(settings)
     notes = [
         f"{settings[0].summary['n']} problems; ± 1 standard error over problems. Published: "
         "Qwen2.5-Math-7B on MATH-500, greedy, percent (with a readable box), not ours.",
         f"Untuned baseline: {best.name}, {percent(best.summary['accuracy']).strip()}"
-        + ("" if best is settings[0] else f", {difference(d)} above {settings[0].name}."),
+        + (f", {difference(d)} against {settings[0].name}" if best is not settings[0] else "")
+        + ".",
     ]
     if best is not settings[0]:
         notes.append(
