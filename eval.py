@@ -10,6 +10,10 @@ Every completion is saved as soon as it ends, so the same command continues an i
 last line printed is one JSON object.
 """
 
+import harness  # noqa: F401  (before torch: see harness/__init__.py)
+
+# isort: split
+
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path

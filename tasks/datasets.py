@@ -51,7 +51,7 @@ def load_problems(
     ):
         try:
             problems.append(_problem(row, f"{path.stem}/{i}"))
-            chats += not _first(row, *PROBLEM_COLUMNS)
+            chats += not _first(row, *PROBLEM_COLUMNS, "Body")
         except ValueError as error:
             faults.append(f"{where}: {error}")
             if local:  # a user can mend a file of theirs

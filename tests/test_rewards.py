@@ -49,7 +49,7 @@ def test_rewards_of_the_text():
     assert score("ground_truth") == [1, 0, 0, 0]
     assert score("format") == [1, 1, 0, 0]
     assert score("python") == [1, 0, 1, 0]
-    assert score("contains(word=\"PYTHON\")") == [1, 0, 1, 0] and score("contains(zebra)") == [0] * 4
+    assert score('contains(word="PYTHON")') == [1, 0, 1, 0] and score("contains(zebra)") == [0] * 4
 
 
 @pytest.mark.parametrize(
