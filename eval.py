@@ -12,6 +12,10 @@ last line printed is one JSON object. The figures are explained in docs/EVAL.md 
 evaluation/scores.py.
 """
 
+import harness  # noqa: F401  (before torch: see harness/__init__.py)
+
+# isort: split
+
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -7,6 +7,10 @@
 Both columns use the same random numbers, so only training can make them differ.
 """
 
+import harness  # noqa: F401  (before torch: see harness/__init__.py)
+
+# isort: split
+
 import shutil
 import textwrap
 from dataclasses import dataclass, replace

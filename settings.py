@@ -17,7 +17,7 @@ class Config:
     """The settings of a training run. The defaults are the papers', except the learning rate."""
 
     # Model
-    model: str = "Qwen/Qwen2.5-Math-1.5B"  # hub id, local folder, or tiny / tiny_bad
+    model: str = "Qwen/Qwen2.5-Math-1.5B"  # hub id, local folder, FILE.gguf, tiny or tiny_bad
     quant: Literal["none", "nf4"] = "nf4"  # nf4: 4-bit weights (bitsandbytes)
     lora_r: int = 32  # rank of the adapter; 0 trains all weights (needs quant=none, float32)
     lora_alpha: int = 64  # the adapter is scaled by alpha / r

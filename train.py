@@ -23,6 +23,10 @@ for bit identical to an uninterrupted one. On a GPU the backward pass of flash a
 fixed order, so the two runs are equal up to rounding.
 """
 
+import harness  # noqa: F401  (before torch: see harness/__init__.py)
+
+# isort: split
+
 import copy
 import math
 import sys

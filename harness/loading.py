@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from harness import gguf
 from harness.errors import UserError
 from model import backbone, head, logits
 
@@ -78,10 +79,12 @@ def _cpu_prefers_bf16(model: str) -> bool:
 
 def _parameters(name: str) -> int:
     """The number of a model's parameters, from its configuration alone."""
+    name = gguf.resolve(name)
     with _readable_errors(name, "model"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model.tie_weights()
     return sum(p.numel() for p in model.parameters())
 
 
@@ -97,7 +100,8 @@ def _prepare_cuda(device: torch.device) -> None:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub id or folder. Raises UserError if there is none within reach."""
+    """The tokenizer of a hub id, folder or GGUF file. Raises UserError if it is out of reach."""
+    name = gguf.resolve(name)
     with _readable_errors(name, "tokenizer"):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
@@ -108,7 +112,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> nn.Module:
-    """Load a Hugging Face causal LM by hub id or folder, every weight frozen, in train mode.
+    """Load a causal LM by hub id, folder or GGUF file, every weight frozen, in train mode.
 
     quant: "none", or "nf4" = bitsandbytes NF4 with double quantisation for every linear layer but
     the head. dtype is the weights' (plain) or the computation's (nf4). Train mode is on purpose and
@@ -119,6 +123,7 @@ def load_model(
     Raises UserError for a model that is not within reach, or whose layers we would get wrong
     (sliding-window attention, logits that are more than a linear map of the last hidden state).
     """
+    name = gguf.resolve(name)
     with _readable_errors(name, "model"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         for key in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"):

@@ -1,5 +1,9 @@
 """Small random models of the supported shapes, shared material, and what a GPU test needs."""
 
+import harness  # noqa: F401  (before torch: see harness/__init__.py)
+
+# isort: split
+
 import json
 import os
 from pathlib import Path

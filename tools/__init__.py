@@ -16,3 +16,5 @@ gpu_day.sh checks an installation on a GPU.
 
 tools/parts holds what the commands are made of.
 """
+
+import harness  # noqa: F401  (before torch: see harness/__init__.py)
