@@ -57,7 +57,7 @@ from harness.scale import choose_scale
 from harness.second_model import SecondModel, default_second_model
 from harness.stopping import LastStep, StopOnSignal
 from lora import adapter_off, add_lora, trainable
-from metrics import describe, describe_clip, sample_log, summary_table
+from metrics import describe, describe_clip, describe_updates, sample_log, summary_table
 from model import TokenStats, checkpoint_activations, end_token_ids, rounding_error, token_stats
 from settings import (
     Config,
@@ -315,7 +315,7 @@ def update(
     """Make one pass over the step's mini-batches, with one optimiser update for each.
 
     advantage is float32 [B]. A micro-batch without any gradient is left out. Returns the clip
-    statistics, the ratios, the share of rows left out, the gradient norm and the learning rate.
+    statistics, the ratios, the share of rows left out, the gradient norms and the learning rate.
     Raises UserError if the gradient is not finite.
     """
     in_loss = tokens_in_loss(rollouts, cfg)
@@ -324,12 +324,14 @@ def update(
     parameters = list(trainable(model).values())
     also = ("alignment",) if can_clip(cfg) else ()
     first = (rollouts.step - 1) * cfg.updates_per_step  # updates done before this step
-    seen, norms = [], []
+    seen, norms, tokens = [], [], []
     for i, mini in enumerate(_bar(parts, "  update"), start=first):
         # The normaliser covers the whole mini-batch, so its split into micro-batches does not
         # change the gradient.
         rows_in_mini = [row for rows in mini for row in rows]
         normalizer = grpo.normalizer(in_loss[rows_in_mini], cfg.loss_agg, cfg.max_new_tokens)
+        tokens.append(int(in_loss[rows_in_mini].sum()))
+        seen.append([])
         for parameter in parameters:  # an optimiser skips parameters without a gradient
             parameter.grad = torch.zeros_like(parameter)
         for rows in mini:
@@ -339,7 +341,7 @@ def update(
             scored = forward(model, rollouts, rows, cfg, also)
             loss, stats = loss_of(scored, rollouts, advantage, rows, normalizer, cfg, i)
             loss.backward()
-            seen.append(stats)
+            seen[-1].append(stats)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm))
         if not math.isfinite(norm):
             raise UserError(
@@ -350,10 +352,13 @@ def update(
         optimizer.step()
         optimizer.zero_grad()
         norms.append(norm)
+    all_stats = [stats for update in seen for stats in update]
     return {
-        **describe_clip(seen, rollouts.old_logp[left_out], in_loss[left_out]),
+        **describe_clip(all_stats, rollouts.old_logp[left_out], in_loss[left_out]),
         "rows_left_out": len(left_out) / len(rollouts.text),
+        **describe_updates(seen, tokens),
         "grad_norm": float(np.mean(norms)),
+        "grad_norm_max": max(norms),
         "lr": optimizer.param_groups[0]["lr"],
     }
 
