@@ -117,10 +117,6 @@ class Speller:
 
     def plain(self, token: str, line: _Line) -> str:
         """Letters, digits, commands and signs without arguments."""
-        if token in ("<=", ">=", "!="):
-            return {"<=": r"\le", ">=": r"\ge", "!=": r"\ne"}[token]
-        if token in ("*", r"\%"):
-            return {"*": r"\cdot", r"\%": "%"}[token]
         if token in ("and", "or"):
             return "\\" + token
         if token in words.CONSTANTS:

@@ -130,7 +130,9 @@ def _ascii(text: str) -> str:
         name = unicodedata.name(plain, "") if len(plain) == 1 else ""
         greek = name.removeprefix("GREEK SMALL LETTER ").lower()
         if char in words.SIGNS:
-            out.append(words.SIGNS[char])
+            out.append(
+                f" {words.SIGNS[char]} " if len(words.SIGNS[char]) > 2 else words.SIGNS[char]
+            )
         elif kind == "fraction" and plain[-1].isdigit():
             top, bottom = plain.split("⁄")
             out.append(rf" \frac{{{top}}}{{{bottom}}}")
