@@ -76,7 +76,7 @@ def _has_relation(text: str) -> bool:
 
 
 def _is_set(text: str, letter: str) -> bool:
-    """Whether `text` is an interval or a union of them; a variable that it names must be `letter`."""
+    """Whether `text` is an interval or a union of them, for `letter` if it names a variable."""
     named = re.match(r"([A-Za-z])\\in ?", text)
     if named and named[1] != letter:
         return False
@@ -86,7 +86,7 @@ def _is_set(text: str, letter: str) -> bool:
 
 
 def _interval(text: str) -> tuple[str, str] | None:
-    """(variable, interval) of inequalities in one letter, else None. `or` unites, `and` intersects."""
+    """(variable, interval) of inequalities in one letter. `or` unites, `and` intersects."""
     either = split(text, (r"\or",))
     if len(either) > 1:
         found = [_interval(part) for part in either]

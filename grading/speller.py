@@ -60,7 +60,7 @@ class Speller:
         return "".join(line.pieces)
 
     def words(self, first: str) -> list[str]:
-        """The words of a phrase that begins with `first`: p.m. is one; sq. cm and x-axis are two."""
+        """The words of a phrase that begins with `first`. p.m. is one word, sq. cm are two."""
         found = [first]
         while self.tokens:
             token = self.tokens[-1]
@@ -90,7 +90,10 @@ class Speller:
         elif token in (r"\frac", r"\binom"):
             line.add(rf"{token}{{{self.argument()}}}{{{self.argument()}}}")
         elif token in (r"\sqrt", "sqrt"):
-            index = rf"[{self.sequence(']')}]" if self.peek() == "[" and self.skip("[") else ""
+            index = ""
+            if self.peek() == "[":
+                self.tokens.pop()
+                index = f"[{self.sequence(']')}]"
             inside = self.argument(token == "sqrt" or self.peek() == "(")
             line.add(rf"\sqrt{index}{{{inside}}}")
         elif token == "abs" and self.peek() == "(":
@@ -134,7 +137,7 @@ class Speller:
         r"""Write \text{...}: words stay words; digits, signs and single letters become formulas."""
         if self.peek() != "{":
             raise Odd
-        self.skip("{")
+        self.tokens.pop()
         if len(self.tokens) > 1 and self.tokens[-2] == "}" and self.tokens[-1].isalpha():
             name, _ = self.tokens.pop(), self.tokens.pop()
             number = line.number() and name in ("sec", "min")
@@ -177,9 +180,6 @@ class Speller:
         while self.tokens and (self.tokens[-1].isspace() or self.tokens[-1] in words.SILENT):
             self.tokens.pop()
         return self.tokens[-1] if self.tokens else ""
-
-    def skip(self, token: str) -> bool:
-        return self.tokens.pop() == token
 
     def skip_length(self) -> None:
         """Drop a length such as [4pt] after a line end."""
@@ -257,7 +257,7 @@ class _Line:
         self.space = False
 
     def text(self, found: list[str]) -> None:
-        r"""Write words. `and` and `or` separate phrases; one letter is \text only if it is a unit."""
+        r"""Write words. `and` and `or` separate phrases; a letter is \text only if it is a unit."""
         phrase: list[str] = []
         for word in [*found, ""]:
             if word and word not in ("and", "or"):

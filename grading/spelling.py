@@ -115,7 +115,7 @@ def spell(text: str) -> str:
 
 
 def _ascii(text: str) -> str:
-    """Write Unicode as LaTeX: scripts, fractions, Greek, the signs in words.py, NFKC for the rest."""
+    """Write Unicode as LaTeX: scripts, fractions, Greek, words.SIGNS, and NFKC for the rest."""
     if text.isascii():
         return text
     out, script = [], ""
@@ -130,8 +130,7 @@ def _ascii(text: str) -> str:
         name = unicodedata.name(plain, "") if len(plain) == 1 else ""
         greek = name.removeprefix("GREEK SMALL LETTER ").lower()
         if char in words.SIGNS:
-            sign = words.SIGNS[char]
-            out.append(f" {sign} " if len(sign) > 2 else sign)  # spaces end a command
+            out.append(words.SIGNS[char])
         elif kind == "fraction" and plain[-1].isdigit():
             top, bottom = plain.split("⁄")
             out.append(rf" \frac{{{top}}}{{{bottom}}}")

@@ -65,6 +65,7 @@ SIGNS = _by_spelling(
     \lfloor ⌊; \rfloor ⌋; \lceil ⌈; \rceil ⌉; \mathbb{R} ℝ; \mathbb{Z} ℤ; \mathbb{N} ℕ
     """
 )
+SIGNS = {sign: name if len(name) < 3 else f" {name} " for sign, name in SIGNS.items()}
 
 # ---------------------------------------------------------------------------------------- words
 

@@ -200,7 +200,7 @@ def clusters(
 ) -> list[int]:
     """For each row, return the batch index of the first row of its cluster.
 
-    A row without an answer gets -1. Two rows of a group belong together if `is_equiv` accepts either
+    A row without an answer gets -1. Two rows of a group belong together if `is_equiv` accepts one
     answer for the other. This is not quite transitive: 50% equals both 50 and 0.5, which differ. So
     the order of rows decides: an answer joins the first cluster whose first row it equals.
     """

@@ -217,7 +217,7 @@ def test_refuses(answer, gold):
     assert not is_equiv(answer, gold)
 
 
-# By kind: what a marker would not accept, though the parser drops what tells it from the gold one.
+# Wrong answers by kind. The parser drops what makes them differ from the gold answer.
 NEAR_MISSES = [
     (r"5^{\text{th}}\text{ root}", "5"),
     (r"\text{acb}", r"\text{abc}"),
@@ -292,6 +292,8 @@ NEAR_MISSES = [
     (r"\ne 5", r"5"),
     (r"7\frac{4}{3}", r"25/3"),
     (r"5…", r"5"),
+    (r"x=5 \text{ or } y=6", r"5,6"),
+    (r"y\in(2,\infty)", r"x>2"),
     (r"\tilde{5}", r"5"),
     (r"5\pmod 7", r"5"),
     (r"\|5\|", r"5"),
@@ -349,6 +351,13 @@ WRITTEN_OTHERWISE = [
     (r"x=8, y=-2", r"(8,-2)"),
     (r"a+b=42", r"42"),
     (r"-2\le x\le 7", r"x\in[-2,7]"),
+    (r"(2,\infty)", r"x>2"),
+    (r"x>2 \text{ and } x<5", r"(2,5)"),
+    (r"x<=3", r"x\le 3"),
+    (r"abs(x-1)", r"|x-1|"),
+    (r"30\degree", r"30"),
+    (r"5 different ways", r"5"),
+    (r"\mathbf i+2\mathbf j", r"(1,2)"),
     (r"x<2 \text{ or } x>3", r"(-\infty,2)\cup(3,\infty)"),
     (r"(x,y)=(2,4)", r"(2,4)"),
     (r"2:4:6", r"1:2:3"),
