@@ -21,6 +21,7 @@ def equal(answer: str, gold: str) -> bool:
     May take arbitrarily long. Raises ImportError if Math-Verify is not installed.
     """
     import math_verify
+    import sympy
 
     _parser()  # outside of try, so that a failing import is raised
     try:
@@ -30,11 +31,10 @@ def equal(answer: str, gold: str) -> bool:
         # and so works only on the main thread (Math-Verify#65).
         if not _agree(a, b):
             return False
-        return (
-            _identical(a, b)
-            or _same_values(a, b)
-            or math_verify.verify(b.tree, a.tree, strict=True, timeout_seconds=None)
-        )
+        expressions = all(isinstance(side.tree, sympy.Expr) for side in (a, b))
+        if expressions and (_identical(a, b) or _same_values(a, b)):
+            return True
+        return math_verify.verify(b.tree, a.tree, strict=True, timeout_seconds=None)
     except Exception:  # parser and sympy raise nearly anything on odd text, which is not right
         return False
 
@@ -156,8 +156,6 @@ def _same_values(a: _Parsed, b: _Parsed) -> bool:
     """
     import sympy
 
-    if not (isinstance(a.tree, sympy.Expr) and isinstance(b.tree, sympy.Expr)):
-        return False
     if not (a.values and b.values and len(a.values) == len(b.values)):
         return False
     for side in (a.exact, b.exact):
@@ -176,8 +174,6 @@ def _identical(a: _Parsed, b: _Parsed) -> bool:
     """Whether expanding proves two expressions equal. False means unknown."""
     import sympy
 
-    if not (isinstance(a.tree, sympy.Expr) and isinstance(b.tree, sympy.Expr)):
-        return False
     if not all(value.is_finite for value in a.values or (sympy.nan,)):
         return False
     return a.exact == b.exact or sympy.expand(a.exact - b.exact) == 0
