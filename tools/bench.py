@@ -34,7 +34,7 @@ from harness.configurator import configure
 from harness.errors import UserError, run
 from harness.loading import choose_device, load_model
 from tools.parts.machine import Cost, PeakMemory, ceilings, device_name, exponent, seconds
-from tools.parts.workload import SHAPES, Step, even, weights
+from tools.parts.workload import SHAPES, Step, weights
 
 PHASES = ("sample", "score", "reward", "update")
 POINTS = 5  # sizes of a scaling: the full one, half of it, a quarter, ...
@@ -273,44 +273,28 @@ def beside_trl(
     """Run our step and that of TRL's GRPOTrainer in turn. Returns the peer's figures and ratios."""
     from tools.parts import peers
 
-    steps = peers.trl_steps(
-        model,
-        step.tokenizer,
-        step.prompts,
-        cfg.group,
-        step.budgets,
-        even,
-        cfg.updates,
-        cfg.micro_batch_tokens,
-        cfg.lora_r,
-        step.settings.lr,
-        cfg.gradient_checkpointing,
-        cfg.repeats,
-        ours,
-    )
-    lengths = [*steps["lengths"], step.rollouts.length.tolist()]
+    steps = peers.trl_steps(cfg, step, model, ours)
+    lengths = [*steps.lengths, step.rollouts.length.tolist()]
     longest = cfg.prompt_tokens + max(step.budgets)
     B = cfg.prompts * cfg.group
     our_steps = list(map(sum, zip(*(meter.seconds[phase] for phase in PHASES), strict=True)))
-    growth = max(steps["growth"])
+    growth = max(steps.growth)
+    parts = list(zip(steps.seconds, steps.sample, steps.score, strict=True))[1:]
     return {
-        "peer_version": steps["version"],
+        "peer_version": steps.version,
         "peer_lengths_equal": all(one == step.budgets for one in lengths),
-        "peer_s": median(steps["seconds"][1:]),
-        "peer_sample_s": median(steps["sample"][1:]),
-        "peer_score_s": median(steps["score"][1:]),
-        "peer_update_s": median(
-            a - b - c
-            for a, b, c in zip(*(steps[k][1:] for k in ("seconds", "sample", "score")), strict=True)
-        ),
-        "peer_response_tokens": sum(steps["lengths"][-1]),
+        "peer_s": median(steps.seconds[1:]),
+        "peer_sample_s": median(steps.sample[1:]),
+        "peer_score_s": median(steps.score[1:]),
+        "peer_update_s": median(whole - sample - score for whole, sample, score in parts),
+        "peer_response_tokens": sum(steps.lengths[-1]),
         "peer_micro_batch_rows": peers.micro_batch_rows(
             B // cfg.updates, longest, cfg.micro_batch_tokens
         ),
         "peer_update_growth_gb": growth,
-        "peer_update_peak_gb": max(steps["peak"]),
+        "peer_update_peak_gb": max(steps.peak),
         "update_growth_ratio": max(meter.growth["update"]) / growth if growth else math.nan,
-        **ratio(our_steps, steps["seconds"]),
+        **ratio(our_steps, steps.seconds),
     }
 
 
@@ -387,9 +371,7 @@ def check(cfg: BenchConfig) -> None:
     if not 0 < cfg.memory_fraction <= 1:
         raise UserError(f"memory_fraction={cfg.memory_fraction}: must be above 0, at most 1")
     if cfg.lora_r == 0 and cfg.quant != "none":
-        raise UserError(
-            "lora_r=0 trains all weights, and 4-bit weights cannot be trained: add --quant=none"
-        )
+        raise UserError("lora_r=0 trains all weights, not possible in 4 bits: add --quant=none")
     if cfg.data and (cfg.peer != "none" or cfg.scaling != "none" or cfg.arch != "none"):
         raise UserError(f"data={cfg.data}: cannot be combined with peer, scaling or arch")
     if cfg.scaling != "none" and cfg.peer != "none":
