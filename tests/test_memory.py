@@ -241,7 +241,7 @@ def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_reports_its_own_memory(monkeyp
     assert memory.peak_memory() > 0.05
 
 
-def test_rollouts_that_do_not_fit_name_their_knobs(model_folders, monkeypatch):
+def test_rollouts_that_do_not_fit_name_their_settings(model_folders, monkeypatch):
     def full(*args, **kwargs):
         raise torch.cuda.OutOfMemoryError
 
@@ -332,7 +332,7 @@ def fails_once(monkeypatch, owner, name, call):
 
 
 @pytest.mark.parametrize(
-    "owner,name,call,step,knob",
+    "owner,name,call,step,setting",
     [
         (trainer, "generate", 3, 2, "'sample': lower --rollout_rows or --max_new_tokens"),
         (trainer, "score", 2, 1, "'score': lower --micro_batch_tokens"),
@@ -343,7 +343,7 @@ def fails_once(monkeypatch, owner, name, call):
     ],
 )
 def test_memory_that_runs_out_costs_one_step(
-    small, whole, monkeypatch, owner, name, call, step, knob, capsys
+    small, whole, monkeypatch, owner, name, call, step, setting, capsys
 ):
     """The run ends at a step's boundary, whatever it was doing, and goes on as if nothing was."""
     with monkeypatch.context() as patch:
@@ -351,7 +351,7 @@ def test_memory_that_runs_out_costs_one_step(
         with pytest.raises(UserError) as error:
             train(small)
     message = str(error.value)
-    assert knob in message and f"saved as of step {step}, --resume=True" in message
+    assert setting in message and f"saved as of step {step}, --resume=True" in message
     assert "\n" not in message
     assert comparable(train(replace(small, resume=True))) == whole
     assert f"resumed after step {step}" in capsys.readouterr().out
@@ -393,7 +393,7 @@ def test_freed_samples_what_kept_samples(small, monkeypatch):
     monkeypatch.setattr(memory.Plan, "choose", lambda self, wanted: ("adapter", "a test"))
     adapter = train(replace(small, steps=2, out_dir=small.out_dir + "adapter"))
     gaps = [[m["sampler_gap_max"] for m in history[1:]] for history in (kept, adapter)]
-    assert gaps[0] != gaps[1]  # the knob does something: another rounding
+    assert gaps[0] != gaps[1]  # the setting does something: another rounding
 
 
 def test_a_resumed_run_keeps_what_auto_chose(small, whole, monkeypatch, capsys):

@@ -167,8 +167,8 @@ def test_what_cannot_be_pooled(tmp_path, capsys):
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="further: .*further"):
         pool_sweeps([tmp_path / "out", *[tmp_path / "further"] * 2])
-    arms, knobs = pool_sweeps([tmp_path / "out", tmp_path / "further"])
-    assert [len(arm.runs) for arm in arms] == [3, 1] and knobs == {}
+    arms, different = pool_sweeps([tmp_path / "out", tmp_path / "further"])
+    assert [len(arm.runs) for arm in arms] == [3, 1] and different == {}
     sweep.main(["--only_report=True", f"--out={tmp_path}/out", f"--pool={tmp_path}/further"])
     assert "(2 sweeps)" in capsys.readouterr().out
 

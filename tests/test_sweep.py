@@ -115,7 +115,7 @@ def test_a_run_is_known_again_by_what_was_asked_not_by_what_memory_allowed(tmp_p
         else:
             with pytest.raises(UserError, match=verdict):
                 jobs.state(job)
-    # a run from before there was a knob had what is now its default
+    # a run from before there was a setting had what is now its default
     for extra, verdict in (([], "complete"), (["--one_shot=pi_1"], "one_shot=, not pi_1")):
         job = jobs.Job(tmp_path / f"old{len(extra)}", [*args, *extra])
         write_complete(job)

@@ -76,7 +76,7 @@ def test_bench_lengths_are_forced_and_ragged(capsys):
     assert set(workload.draw_lengths(5, 1, 7, "equal", seed=0)) == {7}
 
 
-def test_bench_knobs_reach_the_work(capsys):
+def test_bench_settings_reach_the_work(capsys):
     cfg = bench.BenchConfig(
         arch="tiny-random",
         prompts=2,

@@ -225,7 +225,7 @@ def test_a_folder_with_a_run_is_refused_and_resume_says_what_changed(small, caps
 
 
 @pytest.mark.slow
-def test_a_run_from_before_a_knob_existed_goes_on(small, capsys):
+def test_a_run_from_before_a_setting_existed_goes_on(small, capsys):
     train(small)
     path = f"{small.out_dir}/config.json"
     with open(path) as file:
@@ -451,7 +451,7 @@ def test_offline_self_certainty_is_that_of_the_untouched_base(small, tiny_random
         assert (r.self_certainty - stats.self_certainty).abs().max() > 1e-3
 
 
-# -------------------------------------------------------------------------------- the loss's knobs
+# -------------------------------------------------------------------------------- the loss's settings
 
 STUDY = sorted((configurator.PROJECT / "config" / "study").glob("*.py"))
 
@@ -491,7 +491,7 @@ TIGHT = {"clip_low": 1e-4, "clip_high": 1e-4}
     ],
     ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()) or "default",
 )
-def test_every_knob_of_the_loss_acts(one_step, base, changes):
+def test_every_setting_of_the_loss_acts(one_step, base, changes):
     a, b = one_step(base), one_step(base | changes)
     assert any((a[k] - b[k]).abs().max() > 1e-6 for k in a)
 
@@ -504,7 +504,7 @@ def one_step(tiny_random, tmp_path_factory):
     def run(changes):
         key = repr(sorted(changes.items()))
         if key not in done:
-            folder = str(tmp_path_factory.mktemp("knob") / "run")
+            folder = str(tmp_path_factory.mktemp("setting") / "run")
             train(replace(small_config(tiny_random, folder), steps=1, **changes))
             done[key] = weights(folder)
         return done[key]

@@ -140,7 +140,7 @@ PR_SET_PDEATHSIG = 1  # an option of prctl on Linux
 
 
 def _end_with(parent: int) -> None:
-    """In the child: get SIGTERM when the parent dies, even by kill -9. The run then saves and ends."""
+    """In the child: get SIGTERM when the parent dies, even by kill -9, so that the run saves."""
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # the parent is already dead
         os.kill(os.getpid(), signal.SIGTERM)
