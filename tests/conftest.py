@@ -72,6 +72,45 @@ def tiny_random(tmp_path_factory):
     return str(folder)
 
 
+def run_config(world: str, folder, **changes):
+    """Settings of a run of 32 rollouts per step on the untrained tiny world, less `changes`."""
+    from settings import Config
+
+    values = dict(
+        model=world,
+        quant="none",
+        lora_r=4,
+        lora_alpha=8,
+        gradient_checkpointing=False,
+        train_data=world,
+        eval_data=world,
+        prompt="none",
+        max_prompt_tokens=32,
+        max_new_tokens=12,
+        reward="random(0.5)",
+        steps=2,
+        prompts_per_step=4,
+        group_size=8,
+        micro_batch_tokens=200,
+        lr=1e-2,
+        eval_every=0,
+        eval_n=10,
+        save_every=0,
+        device="cpu",
+        dtype="float32",
+        out_dir=str(folder),
+    )
+    return Config(**values | changes)
+
+
+TIMINGS = ("seconds", "tokens_per_s", "peak_memory")
+
+
+def comparable(history: list[dict]) -> list[dict]:
+    """The metrics of a run without those that differ between equal runs."""
+    return [{k: v for k, v in m.items() if not k.startswith(TIMINGS)} for m in history]
+
+
 def made_up(chat_template: str | None, *special: str):
     """A tokenizer of one token a character, with special tokens and a chat template or None."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

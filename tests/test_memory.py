@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import comparable, run_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -256,30 +257,7 @@ def test_rollouts_that_do_not_fit_name_their_settings(model_folders, monkeypatch
 @pytest.fixture(scope="module")
 def config(tiny_random):
     """A run of 32 rollouts a step on the untrained tiny world, with an eval every second step."""
-    return Config(
-        model=tiny_random,
-        quant="none",
-        lora_r=4,
-        lora_alpha=8,
-        gradient_checkpointing=False,
-        train_data=tiny_random,
-        eval_data=tiny_random,
-        prompt="none",
-        max_prompt_tokens=32,
-        max_new_tokens=12,
-        reward="random(0.5)",
-        steps=3,
-        prompts_per_step=4,
-        group_size=8,
-        micro_batch_tokens=200,
-        lr=1e-2,
-        eval_every=2,
-        eval_n=10,
-        eval_temperature=1.0,
-        save_every=0,
-        device="cpu",
-        dtype="float32",
-    )
+    return run_config(tiny_random, "", steps=3, eval_every=2, eval_temperature=1.0)
 
 
 @pytest.fixture
@@ -291,13 +269,6 @@ def small(config, tmp_path):
 def whole(config, tmp_path_factory):
     """The metrics of the uninterrupted run."""
     return comparable(train(replace(config, out_dir=str(tmp_path_factory.mktemp("whole") / "run"))))
-
-
-TIMINGS = ("seconds", "tokens_per_s", "peak_memory")
-
-
-def comparable(history):
-    return [{k: v for k, v in m.items() if not k.startswith(TIMINGS)} for m in history]
 
 
 def test_the_settled_micro_batch_is_used_saved_and_resumed(small, monkeypatch, capsys):

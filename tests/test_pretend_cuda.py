@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import run_config
 from pretend_cuda import GPU, Capture, Refused, pretended, put
 
 import model
@@ -10,7 +11,6 @@ from decoding import slots
 from decoding.slots import DecodeSetup
 from engine import TRAIN_NOISE, generate
 from harness.loading import load_model
-from settings import Config
 
 pytestmark = pytest.mark.slow
 
@@ -22,30 +22,23 @@ PROMPTS = [[5, 6, 7, 8], [9, 10]]
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 def test_training_on_a_pretended_gpu(tiny_random, tmp_path, monkeypatch, quant, dtype):
     """Eval, steps and checkpoints; its captures belong to the first rollout alone."""
-    cfg = Config(
-        model=tiny_random,
+    cfg = run_config(
+        tiny_random,
+        tmp_path / "run",
         quant=quant,
-        lora_r=4,
-        lora_alpha=8,
-        train_data=tiny_random,
-        eval_data=tiny_random,
-        prompt="none",
-        max_prompt_tokens=32,
+        gradient_checkpointing=True,
         max_new_tokens=16,
-        reward="random(0.5)",
-        steps=2,
         prompts_per_step=2,
         group_size=4,
         updates_per_step=2,
-        micro_batch_tokens=200,
         rollout_rows=6,
         lr=0.0,
         eval_every=2,
         eval_n=4,
         save_every=1,
         kl_coef=0.1,
+        device="auto",
         dtype=dtype,
-        out_dir=str(tmp_path / "run"),
     )
     captures = []
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import comparable, run_config
 
 import rewards
 import train as trainer
@@ -32,42 +33,7 @@ from train import train
 
 @pytest.fixture
 def small(tiny_random, tmp_path):
-    return small_config(tiny_random, str(tmp_path / "run"))
-
-
-def small_config(world, folder):
-    """A run of 32 rollouts a step on the untrained tiny world."""
-    return Config(
-        model=world,
-        quant="none",
-        lora_r=4,
-        lora_alpha=8,
-        gradient_checkpointing=False,
-        train_data=world,
-        eval_data=world,
-        prompt="none",
-        max_prompt_tokens=32,
-        max_new_tokens=12,
-        reward="random(0.5)",
-        steps=2,
-        prompts_per_step=4,
-        group_size=8,
-        micro_batch_tokens=200,
-        lr=1e-2,
-        eval_every=0,
-        eval_n=10,
-        save_every=0,
-        device="cpu",
-        dtype="float32",
-        out_dir=folder,
-    )
-
-
-TIMINGS = ("seconds", "tokens_per_s", "peak_memory")
-
-
-def comparable(history):
-    return [{k: v for k, v in m.items() if not k.startswith(TIMINGS)} for m in history]
+    return run_config(tiny_random, tmp_path / "run")
 
 
 # ------------------------------------------------------------------------------------------- nulls
@@ -451,7 +417,7 @@ def test_offline_self_certainty_is_that_of_the_untouched_base(small, tiny_random
         assert (r.self_certainty - stats.self_certainty).abs().max() > 1e-3
 
 
-# -------------------------------------------------------------------------------- the loss's settings
+# -------------------------------------------------------------------------- settings of the loss
 
 STUDY = sorted((configurator.PROJECT / "config" / "study").glob("*.py"))
 
@@ -505,7 +471,7 @@ def one_step(tiny_random, tmp_path_factory):
         key = repr(sorted(changes.items()))
         if key not in done:
             folder = str(tmp_path_factory.mktemp("setting") / "run")
-            train(replace(small_config(tiny_random, folder), steps=1, **changes))
+            train(run_config(tiny_random, folder, **{"steps": 1} | changes))
             done[key] = weights(folder)
         return done[key]
 
@@ -791,25 +757,19 @@ def test_no_cuda_means_the_tiny_scale(monkeypatch):
 @pytest.mark.slow
 def test_a_real_model_on_real_problems(shared, tmp_path):
     """stories260K in NF4 on MATH problems, from text to an updated adapter."""
-    cfg = Config(
-        model=str(shared / "models" / "stories260K"),
+    cfg = run_config(
+        str(shared / "models" / "stories260K"),
+        tmp_path / "run",
         quant="nf4",
-        lora_r=4,
-        lora_alpha=8,
         train_data=str(shared / "data" / "math_train" / "train.jsonl"),
         eval_data=str(shared / "data" / "math500" / "test.jsonl"),
-        prompt="none",
         max_prompt_tokens=64,
         max_new_tokens=16,
-        reward="random(0.5)",
-        steps=2,
-        prompts_per_step=4,
         group_size=4,
         lr=1e-3,
         eval_every=2,
         eval_n=4,
-        device="cpu",
-        out_dir=str(tmp_path / "run"),
+        dtype="auto",
     )
     history = train(cfg)
     assert [m["step"] for m in history] == [0, 1, 2] and history[-1]["kl"] > 0
