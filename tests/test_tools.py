@@ -138,11 +138,10 @@ def test_bench_random_logits_are_neither_flat_nor_one_token():
 
 
 def test_bench_beside_generate_has_the_same_lengths(capsys):
-    result, printed = run_bench(capsys, "--peer=hf", "--repeats=2", "--rollout_rows=3")
+    result, _ = run_bench(capsys, "--peer=hf", "--repeats=2", "--rollout_rows=3")
     assert result["peer_response_tokens"] == result["response_tokens"]
     assert len(result["ratios"]) == 2
     assert result["ratio"] == pytest.approx(np.median(result["ratios"]))
-    assert "transformers generate" in printed
     assert "update_s" not in result
 
 
@@ -168,14 +167,13 @@ def test_generate_as_a_peer_is_forced_and_leaves_the_model_alone():
 def test_bench_beside_trl(capsys):
     pytest.importorskip("trl")
     pytest.importorskip("peft")
-    result, printed = run_bench(capsys, "--peer=trl", "--micro_batch_tokens=15")
+    result, _ = run_bench(capsys, "--peer=trl", "--micro_batch_tokens=15")
     assert result["peer_response_tokens"] == result["response_tokens"]
     assert result["peer_micro_batch_rows"] == 1
     parts = [result[f"peer_{part}_s"] for part in ("sample", "score", "update")]
     assert sum(parts) == pytest.approx(result["peer_s"]) and min(parts) > 0
     assert result["ratio"] == pytest.approx(result["peer_s"] / result["step_s"])
     assert result["peer_update_peak_gb"] > result["peer_update_growth_gb"]
-    assert "TRL" in printed
 
 
 @pytest.fixture
@@ -204,12 +202,12 @@ def test_what_was_measured_is_printed_although_the_lengths_differ(capsys, monkey
     monkeypatch.setattr(peers, "hf_generate", lambda *a: [n + 1 for n in generate(*a)])
     result, printed = run_bench(capsys, "--peer=hf")
     assert result["peer_lengths_equal"] is False and result["ratio"] > 0
-    assert "warning: the peer's responses" in printed
+    assert "warning" in printed
 
 
 def test_bench_without_trl_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
-    with pytest.raises(UserError, match="trl is not installed: pip install -r requirements-test"):
+    with pytest.raises(UserError, match="peer=trl: trl .*requirements-test.txt"):
         bench.main(options("--peer=trl"))
 
 
@@ -221,7 +219,7 @@ def test_bench_scaling_extrapolation_and_own_problems(capsys, tiny_random):
     assert machine.exponent([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2)
     result, printed = run_bench(capsys, "--extrapolate=6x4")
     assert result["extrapolated_update_s"] == pytest.approx(6 * result["update_s"])
-    assert "extrapolated from this one (not run)" in printed
+    assert "6x4" in printed.splitlines()[-2]
     result, _ = run_bench(
         capsys,
         "--arch=none",
@@ -266,19 +264,19 @@ def test_peak_memory_sees_what_is_gone_again():
 
 def test_errors_of_bench_are_one_line():
     for argv, words in [
-        (["--prompts=0"], "prompts=0: must be at least 1"),
-        (["--min_new=10"], "min_new=10: must not be above new_tokens=9"),
-        (["--updates=5"], "updates=5: a step has 4 responses"),
-        (["--memory_fraction=2"], "at most 1"),
-        (["--memory_fraction=0.5"], "only CUDA can be capped"),
-        (["--extrapolate=64"], "write PROMPTSxGROUP"),
-        (["--extrapolate=6x4", "--peer=hf"], "of our phases alone"),
-        (["--scaling=rows", "--peer=hf"], "not with a peer"),
-        (["--scaling=rows", "--prompts=1"], "at least 2"),
-        (["--data=tiny"], "data=tiny: not with peer, scaling or arch"),
-        (["--peer=trl", "--updates=3"], "4 responses do not make 3 equal"),
-        (["--peer=trl", "--group=1"], "--group of at least 2"),
-        (["--lora_r=0", "--quant=nf4"], "add --quant=none"),
+        (["--prompts=0"], "prompts=0"),
+        (["--min_new=10"], "min_new=10.*new_tokens=9"),
+        (["--updates=5"], "updates=5.* 4"),
+        (["--memory_fraction=2"], "memory_fraction=2"),
+        (["--memory_fraction=0.5"], "memory_fraction=0.5"),
+        (["--extrapolate=64"], "extrapolate=64.*PROMPTSxGROUP"),
+        (["--extrapolate=6x4", "--peer=hf"], "extrapolate.*peer"),
+        (["--scaling=rows", "--peer=hf"], "scaling=rows.*peer"),
+        (["--scaling=rows", "--prompts=1"], "scaling=rows.*--prompts"),
+        (["--data=tiny"], "data=tiny.*arch"),
+        (["--peer=trl", "--updates=3"], "peer=trl.* 3"),
+        (["--peer=trl", "--group=1"], "peer=trl.*--group"),
+        (["--lora_r=0", "--quant=nf4"], "lora_r=0.*--quant=none"),
         (["--arch=qwen3"], "arch"),
     ]:
         with pytest.raises(UserError, match=words) as error:
@@ -328,7 +326,7 @@ def test_sample_shows_base_and_trained_on_the_same_noise(tmp_path, capsys, monke
         pairs = [[part.strip() for part in line] for line in lines if len(line) == 2]
         return pairs[0], [left for left, _ in pairs[1:]], [right for _, right in pairs[1:]]
 
-    with pytest.raises(UserError, match="no checkpoint"):
+    with pytest.raises(UserError, match=str(folder)):
         sample.main([f"--run={folder}"])
     model.save_pretrained(folder / "model")  # full training that changed nothing
     titles, left, right = shown("--row=0")
@@ -342,5 +340,5 @@ def test_sample_shows_base_and_trained_on_the_same_noise(tmp_path, capsys, monke
     save_adapter(model, folder / "adapter", str(base))
     _, same_left, other = shown("--row=0")
     assert "".join(same_left) == "".join(left) != "".join(other)
-    with pytest.raises(UserError, match="rows 0 to 0"):
+    with pytest.raises(UserError, match="row"):
         shown("--row=1")
