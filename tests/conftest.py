@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a hub
-torch.set_num_threads(1)  # small tensors: a second thread costs more than it brings
+torch.set_num_threads(1)  # with small tensors a second thread costs more than it saves
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def shared():
-    """The folder of reference material beside the checkout, or a skip that says so."""
+    """The folder of reference material beside the checkout. Skips the test if there is none."""
     if not SHARED.exists():
         pytest.skip("needs ../shared, which is not here")
     return SHARED
@@ -50,7 +50,7 @@ def small_config(family: str, **changes):
 
 @pytest.fixture(scope="session")
 def model_folders(tmp_path_factory):
-    """Folders of random models by family; weights large enough for logits that differ."""
+    """Family -> folder of a random model, with weights large enough to spread the logits."""
     from transformers import AutoModelForCausalLM
 
     folders = {}
@@ -64,7 +64,7 @@ def model_folders(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_random(tmp_path_factory):
-    """The tiny world with an untrained base model: its format and its data, in no time."""
+    """The tiny world with an untrained base model, which is built in no time."""
     from tasks import tiny
 
     folder = tmp_path_factory.mktemp("tiny") / "world"
@@ -73,7 +73,7 @@ def tiny_random(tmp_path_factory):
 
 
 def run_config(world: str, folder, **changes):
-    """Settings of a run of 32 rollouts per step on the untrained tiny world, less `changes`."""
+    """Settings of a run of 32 rollouts per step on the untrained tiny world, with `changes`."""
     from settings import Config
 
     values = dict(
@@ -112,7 +112,7 @@ def comparable(history: list[dict]) -> list[dict]:
 
 
 def made_up(chat_template: str | None, *special: str):
-    """A tokenizer of one token a character, with special tokens and a chat template or None."""
+    """A tokenizer with one token per character, special tokens, and a chat template or None."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -131,7 +131,7 @@ def made_up(chat_template: str | None, *special: str):
 
 
 def write_state(folder: Path, steps_done: int) -> None:
-    """What a run's checkpoint and its adapter say of themselves, without their weights."""
+    """Write the records of a run's checkpoint and adapter, without their weights."""
     (folder / "adapter").mkdir(exist_ok=True)
     (folder / "adapter" / "nanorlvr.json").write_text(json.dumps({"steps_done": steps_done}))
     metadata = {"steps_done": str(steps_done)}

@@ -1,4 +1,4 @@
-"""What only CUDA can show: `make test-gpu`. Skipped elsewhere."""
+"""Tests that need CUDA: `make test-gpu`. They are skipped elsewhere."""
 
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ def test_greedy_equals_generate_on_the_gpu(model_folders):
 
 @pytest.mark.filterwarnings("error:decoding goes on without")
 def test_a_captured_step_stays_valid_as_weights_change(model_folders):
-    """Graphs of the first rollout, replayed after each update, sample what eager steps sample."""
+    """Graphs captured in the first rollout still sample like eager steps after updates."""
     model = load_model(model_folders["llama"], device="cuda")
     add_lora(model, 4, 8)
     call = ([[5, 6, 7, 8, 9], [12, 13], [20]], 8, 60, [3], (TRAIN_NOISE, 0, 0))

@@ -21,7 +21,7 @@ PROMPTS = [[5, 6, 7, 8], [9, 10]]
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 def test_training_on_a_pretended_gpu(tiny_random, tmp_path, monkeypatch, quant, dtype):
-    """Eval, steps and checkpoints; its captures belong to the first rollout alone."""
+    """A run with evals and checkpoints. Only the first rollout captures graphs."""
     cfg = run_config(
         tiny_random,
         tmp_path / "run",
@@ -51,7 +51,7 @@ def test_training_on_a_pretended_gpu(tiny_random, tmp_path, monkeypatch, quant, 
             return loaded
 
         def logits(head, hidden):
-            """model.logits, which asks for the device where autograd hides what is pretended."""
+            """model.logits, but with the pretended device, which autograd hides."""
             if head.weight.dtype == torch.float32:
                 return head(hidden)
             return model._Float32Logits.apply(hidden, head.weight, head.bias, gpu.has(hidden))
@@ -83,7 +83,7 @@ def rollout(gpu, folder, step=None, monkeypatch=None):
 
 
 def test_the_host_waits_only_where_it_looks(model_folders):
-    """Every eight tokens, and when a rollout begins and ends; a second one captures nothing."""
+    """It waits every eight tokens and at both ends of a rollout. A second captures nothing."""
     with pretended() as gpu:
         model, counts = rollout(gpu, model_folders["llama"])
     assert gpu.waits["slots.py:look"] == 2 * (1 + 39 // 8 + 1)  # at the start, in steps, at the end
@@ -105,7 +105,7 @@ PLANTED = {
 def test_planted_faults_are_found(model_folders, monkeypatch, fault):
     model = model_folders["llama"]
     with pretended() as gpu, pytest.raises(Refused):
-        # The engine takes a failed capture for a reason to go on without: here it must not.
+        # The engine decodes without graphs after a failed capture. This test must not allow that.
         monkeypatch.setattr(slots.warnings, "warn", _raise)
         rollout(gpu, model, PLANTED[fault], monkeypatch)
 

@@ -1,4 +1,4 @@
-"""Jobs, demo and sweep: plans, names and states, mostly on made-up run folders."""
+"""Jobs, demo and sweep: planning, naming and state of runs, mostly with made-up run folders."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def test_demo_names_the_log_of_a_failed_run_and_ends_the_others(tmp_path, monkey
         "if '--seed=0' in sys.argv: print('step 1'); sys.exit('error: broken')\n"
         "time.sleep(60)\n"
     )
-    started = demo_jobs(demo.DemoConfig(out=str(tmp_path), seeds=2))[3:5]  # a seed 0 and a seed 1
+    started = demo_jobs(demo.DemoConfig(out=str(tmp_path), seeds=2))[3:5]  # seeds 0 and 1
     monkeypatch.setattr(jobs, "PROJECT", tmp_path)
     with pytest.raises(UserError, match=r"seed0\.log: .*broken"):
         jobs.run_jobs(started, at_once=2, poll=0.1)
@@ -86,12 +86,12 @@ def test_demo_table_has_the_base_first(tmp_path):
     runs = [write_run(tmp_path / f"a{seed}", seed) for seed in range(3)]
     runs.append(write_run(tmp_path / "off", clip="off"))
     lines = demo_table(load_arms(runs)).splitlines()
-    assert lines[2] == "| before training | 3 | 50.0 | 65.0 | 80.0 |  |"  # the seeds agree there
+    assert lines[2] == "| before training | 3 | 50.0 | 65.0 | 80.0 |  |"  # the seeds agree
     assert lines[3] == "| format, clip=both | 3 | 30.0 ± 15.3 | 65.0 | 80.0 |  |"
 
 
 def write_complete(job, rows=None, **changes):
-    """A finished run of a job: its config.json, as train.py writes it, and made-up metrics."""
+    """Write a finished run: config.json as train.py writes it, and made-up metrics."""
     job.folder.mkdir(parents=True)
     (job.folder / "config.json").write_text(json.dumps({"config": asdict(job.config) | changes}))
     rows = rows or [{"step": job.config.steps, "eval_accuracy": 0.5}]
@@ -154,7 +154,7 @@ def test_runs_at_a_time(tmp_path, monkeypatch):
     assert jobs.how_many(many) == 1
     monkeypatch.setattr(jobs, "available_memory", lambda: 100e9)
     monkeypatch.setattr(jobs.torch.cuda, "is_available", lambda: True)
-    assert jobs.how_many(many) == 5  # its scale file names the CPU
+    assert jobs.how_many(many) == 5  # the scale file sets device=cpu
     assert jobs.how_many([jobs.Job(tmp_path, ["config/model/tiny.py", "--device=auto"])] * 9) == 1
 
 
@@ -259,7 +259,7 @@ save_file({}, folder / "state.safetensors", {"steps_done": "1"})
 
 @pytest.mark.slow
 def test_a_sweep_runs_resumes_is_kept_and_grows(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(jobs, "PROJECT", tmp_path)  # its train.py takes no time
+    monkeypatch.setattr(jobs, "PROJECT", tmp_path)  # with a train.py that takes no time
     monkeypatch.setattr(jobs.tiny, "resolve", lambda name: name)
     monkeypatch.setattr(jobs.time, "sleep", lambda seconds: threading.Event().wait(0.05))
     (tmp_path / "train.py").write_text(FAKE)
@@ -284,7 +284,7 @@ def test_a_sweep_runs_resumes_is_kept_and_grows(tmp_path, monkeypatch, capsys):
     assert more["arms"]["clip=off"]["accuracy"]["values"] == pytest.approx([1, 1.1, 1.2])
     with pytest.raises(UserError, match="clip=both/seed0: .*steps=1.* 2"):
         sweep.main([*RUN, "--steps=2", "--clip=both,off", f"--out={tmp_path}/sweep"])
-    # seeds of another configuration are refused before they are run
+    # Seeds of another configuration are refused before they run.
     with pytest.raises(UserError, match=r"clip=both/seed0: .*lr=.* 0.5"):
         figures("--seeds=1", "--first_seed=7", "--lr=0.5")
     assert not (tmp_path / "sweep" / "clip=both" / "seed7").exists()

@@ -35,13 +35,13 @@ SMALL = {
 
 
 def options(*more):
-    """SMALL and more options, which win, as a command line."""
+    """A command line of SMALL and more options, which override it."""
     given = dict(option.removeprefix("--").split("=") for option in more)
     return [f"--{key}={value}" for key, value in (SMALL | given).items()]
 
 
 def run_bench(capsys, *more):
-    """The JSON of the last line, and all that was printed."""
+    """Run bench. Returns the JSON of the last line, and everything printed."""
     bench.main(options(*more))
     printed = capsys.readouterr().out
     return json.loads(printed.splitlines()[-1]), printed
@@ -113,7 +113,7 @@ def test_bench_settings_reach_the_work(capsys):
 
 @pytest.mark.parametrize("arch", workload.SHAPES)
 def test_bench_shapes_are_models(arch):
-    """Their parameters, in millions, as the released models have them; no memory is taken."""
+    """The shapes have as many parameters as the released models. On meta: uses no memory."""
     millions = {
         "tiny-random": 0.1,
         "qwen2-12x768": 218,
@@ -178,7 +178,7 @@ def test_bench_beside_trl(capsys):
 
 @pytest.fixture
 def many_ends(model_folders, tmp_path):
-    """A model that, like real ones, lists its end tokens; here half of its vocabulary."""
+    """A model with many end tokens in its own configuration: half of the vocabulary."""
     model = AutoModelForCausalLM.from_pretrained(model_folders["qwen2"])
     model.generation_config.eos_token_id = list(range(3, 97, 2))
     model.generation_config.repetition_penalty = 1.1
@@ -232,7 +232,7 @@ def test_bench_scaling_extrapolation_and_own_problems(capsys, tiny_random):
 
 
 def test_costs_by_hand():
-    """One layer's products counted one by one."""
+    """Costs of the tiny shape, counted by hand."""
     cfg = bench.BenchConfig(arch="tiny-random")
     device = torch.device("cpu")
     with workload.weights(cfg, device, torch.float32) as name:
@@ -246,7 +246,7 @@ def test_costs_by_hand():
     assert cost.forward_flop(P, R) == flop
     sampling, read = cost.sampling(P, R, group=2, rows=8)
     assert sampling == flop - 2 * decoder * 3 - 4 * 2 * 64 * 6  # the prompt is read once
-    # two steps; the tokens read 3 and 4, and 3 positions
+    # Two decoding steps; the tokens read 3 and 4 positions, and 3.
     assert read == 2 * 4 * (decoder + 64 * 128) + (3 + 4 + 3) * 2 * 2 * 2 * 16 * 4
 
 

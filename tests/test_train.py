@@ -1,4 +1,4 @@
-"""The loop: nulls that are exactly null, resume, what reaches the loss, mistakes."""
+"""The training loop: exact nulls, resume, what reaches the loss, user errors."""
 
 import json
 import math
@@ -50,7 +50,7 @@ def test_with_lr_0_every_ratio_is_exactly_1(small, dtype, quant):
         assert m["sampler_gap_max"] < (1e-4 if dtype == "float32" else 0.5)
         assert m["ratio_mean"] == 1 and m["ratio_max"] == 1
         assert m["clip_frac_low"] == 0 and m["clip_frac_high"] == 0
-        assert m["kl"] == 0  # B = 0: the policy is the base model to the bit
+        assert m["kl"] == 0  # B = 0: the policy equals the base model bit for bit
         assert m["grad_norm"] > 0
 
 
@@ -64,7 +64,7 @@ def test_with_lr_0_no_arm_clips(small, loss):
 
 @pytest.mark.slow
 def test_the_first_ratio_of_every_step_is_exactly_1(small, monkeypatch):
-    """Also after the weights have moved: old_logp is this step's."""
+    """The null also holds after the weights have moved, because old_logp is this step's."""
     first = []
     policy_loss = trainer.grpo.policy_loss
 
@@ -101,7 +101,7 @@ def weights(folder):
 
 
 def test_sgd_steps_along_the_gradient(small):
-    """Plain SGD: the adapter moves by -lr times the gradient, as clipped, of each update."""
+    """With plain SGD, each update moves the adapter by -lr times the clipped gradient."""
     cfg = replace(small, optimizer="sgd", lr=0.5, steps=1, updates_per_step=1, max_grad_norm=1e9)
     (m,) = train(cfg)
     tensors = weights(cfg.out_dir)
@@ -113,7 +113,7 @@ def test_sgd_steps_along_the_gradient(small):
 
 @pytest.mark.slow
 def test_evals_have_a_budget_of_their_own(small):
-    """Trained on one token, measured on longer answers."""
+    """A run trained on one token and evaluated on longer answers."""
     cfg = replace(small, max_new_tokens=1, eval_every=2, eval_temperature=1.0)
     short, whole = (
         train(replace(cfg, eval_new_tokens=n, out_dir=f"{small.out_dir}{n}")) for n in (0, 60)
@@ -130,7 +130,7 @@ def test_resumed_equals_uninterrupted(small, lora_r):
     whole = train(replace(cfg, out_dir=small.out_dir + "whole"))
     train(replace(cfg, steps=2))
     with open(f"{cfg.out_dir}/metrics.jsonl", "a") as file:
-        file.write('{"step": 3, "reward": 9}\n{"step": 4, "rew')  # a crash after the checkpoint
+        file.write('{"step": 3, "reward": 9}\n{"step": 4, "rew')  # as after a crash
     resumed = train(replace(cfg, resume=True))
     assert comparable(resumed) == comparable(whole)
     assert comparable(read_jsonl_of(cfg)) == comparable(whole)
@@ -142,7 +142,7 @@ def test_resumed_equals_uninterrupted(small, lora_r):
 
 @pytest.mark.slow
 def test_a_resumed_run_keeps_its_schedules(small, monkeypatch):
-    """Stopped within the third of four steps, its checkpoint at the second."""
+    """A run stopped within the third of four steps, with a checkpoint at the second."""
     cfg = replace(
         small,
         steps=4,
@@ -262,7 +262,7 @@ def test_metrics_samples_and_config_are_there(small):
 
 @pytest.mark.slow
 def test_logged_reward_is_the_trained_one_and_random_is_the_same_again(small):
-    """The fault: an unseeded random reward drawn once to train on and again to log."""
+    """Guards against an unseeded random reward that is drawn once to train and again to log."""
     a = train(small)
     b = train(replace(small, out_dir=small.out_dir + "b"))
     assert comparable(a) == comparable(b)
@@ -277,7 +277,7 @@ CONFIGS = sorted((configurator.PROJECT / "config").glob("*.py"))
 
 @pytest.mark.parametrize("file", [path.stem for path in CONFIGS])
 def test_every_reward_config_runs(small, tiny_random, tmp_path, file):
-    """One step each, from its file, on the untrained tiny world with labels that are wrong."""
+    """Run one step of each experiment file on the untrained tiny world with wrong labels."""
     labelled = labels_file(tiny_random, tmp_path, right=0)
     experiment, _ = configurator.configure(Config, [f"config/{file}.py"])
     cfg = replace(
@@ -294,7 +294,7 @@ def test_every_reward_config_runs(small, tiny_random, tmp_path, file):
 
 
 def labels_file(world, folder, right: int, wrong: int = 8) -> str:
-    """The world's first training problems, so many with a right and a wrong label, one without."""
+    """Write problems: `right` with a right label, `wrong` with a wrong one, one without."""
     with open(f"{world}/train.jsonl") as file:
         rows = [json.loads(next(file)) for _ in range(right + wrong + 1)]
     for i, row in enumerate(rows[:-1]):
@@ -339,7 +339,7 @@ def test_one_shot_fills_the_batch_with_one_problem(small, capsys, monkeypatch):
     train(replace(small, one_shot="7", steps=1))
     (r,) = seen
     assert len({p.problem for p in r.problem}) == 1 and r.problem[0].id == "7"
-    assert r.prompt_index.tolist() == [i // 8 for i in range(32)]  # still four groups of their own
+    assert r.prompt_index.tolist() == [i // 8 for i in range(32)]  # there are still four groups
     assert len(set(r.text)) > 8 and trainer.grpo.advantages is advantages
     assert r.problem[0].problem[:20] in capsys.readouterr().out
     with pytest.raises(UserError, match="one_shot=add"):
@@ -349,7 +349,7 @@ def test_one_shot_fills_the_batch_with_one_problem(small, capsys, monkeypatch):
 def test_every_problem_is_used_once_before_any_comes_back(
     small, tiny_random, tmp_path, monkeypatch
 ):
-    """10 problems, 4 a step: steps 1 to 5 are two epochs, and the first step begins the first."""
+    """With 10 problems and 4 per step, steps 1 to 5 are exactly two epochs."""
     with open(f"{tiny_random}/train.jsonl") as file:
         (tmp_path / "ten.jsonl").write_text("".join(next(file) for _ in range(10)))
     seen = []
@@ -374,7 +374,7 @@ def test_pi_1_is_found_by_its_content_or_restated():
 
 
 def test_every_reward_is_logged_at_weight_0(small, monkeypatch):
-    """Of what is logged: the very values of these rollouts, in the group's own statistics."""
+    """The logged metrics equal those computed from the rollouts by hand."""
     seen = []
     monkeypatch.setattr(trainer, "describe", spy_rollouts(seen, trainer.describe))
     history = train(small)
@@ -387,10 +387,10 @@ def test_every_reward_is_logged_at_weight_0(small, monkeypatch):
         assert m["length/flat"] == (groups.amin(1) == groups.amax(1)).float().mean()
         assert m["accuracy"] == m["ground_truth/mean"] == 0 and m["length/auroc"] is None
         assert m["random/mean"] == rewards.parse("random")(r).mean()
-        assert "majority/mean" not in m and "cross_model/mean" not in m  # no label, no model
+        assert "majority/mean" not in m and "cross_model/mean" not in m  # no label, no second model
         assert m["random/mean"] == m["reward"] and m["random/std"] == m["reward_std"]
     first, second = history
-    # with B = 0 the policy is the base; after an update it is not
+    # With B = 0 the policy equals the base model. After an update it does not.
     assert first["self_certainty/mean"] == first["self_certainty(base)/mean"]
     assert second["self_certainty/mean"] != second["self_certainty(base)/mean"]
 
@@ -426,7 +426,7 @@ STUDY = sorted((configurator.PROJECT / "config" / "study").glob("*.py"))
 
 @pytest.mark.parametrize("path", STUDY, ids=lambda path: path.stem)
 def test_study_configs_warn_of_nothing(path):
-    """Neither by themselves, nor at the tiny scale, typed in either order; and name the run."""
+    """They warn neither alone nor at the tiny scale, in either order, and they name the run."""
     for scale in ("config/model/tiny.py", "config/model/qwen2.5_math_1.5b_paper.py"):
         for argv in ([str(path), scale], [scale, str(path)]):
             cfg, sources = configurator.configure(Config, argv)
@@ -466,7 +466,7 @@ def test_every_setting_of_the_loss_acts(one_step, base, changes):
 
 @pytest.fixture(scope="module")
 def one_step(tiny_random, tmp_path_factory):
-    """changes -> the adapter after one step of such a run; each is made once."""
+    """A function: changes -> the adapter after one step of a run with them. Cached."""
     done = {}
 
     def run(changes):
@@ -482,7 +482,7 @@ def one_step(tiny_random, tmp_path_factory):
 
 @pytest.mark.slow
 def test_one_update_a_step_makes_all_arms_one(one_step):
-    """At the same aggregation, up to rounding; the clip arms to the bit."""
+    """The clip arms agree bit for bit, and all losses up to rounding, with one aggregation."""
     base = {"updates_per_step": 1, "loss_agg": "seq_mean"}
     plain = one_step(base)
     for clip in ("high", "low", "off"):
@@ -527,7 +527,7 @@ def test_early_warnings():
     assert "gave each group one value" in early_warning(cfg, [flat] * 5)
     assert early_warning(replace(cfg, adv_norm="raw"), [flat] * 5) == ""
     assert early_warning(cfg, [flat] * 4 + [idle]) == early_warning(cfg, []) == ""
-    # Where nearly every response is cut off, that is the cause, and not the flat groups.
+    # If nearly every response is cut off, the warning names this cause and not the flat groups.
     cut = {"truncated": 0.97}
     for changes, row in (({}, flat), ({"truncated": "zero"}, flat), ({"truncated": "mask"}, idle)):
         line = early_warning(replace(cfg, **changes), [row | cut] * 5)
@@ -567,7 +567,7 @@ def rollouts(tokenizer_end=0):
 
 
 def sgd_step(model, cfg, parts, r, advantage):
-    """The adapter's movement in one SGD update of train.update."""
+    """How far one SGD update of train.update moves the adapter."""
     before = {k: v.detach().clone() for k, v in trainable(model).items()}
     trainer.score(model, r, parts, replace(cfg, base_every=2))
     optimizer = torch.optim.SGD(trainable(model).values(), lr=1.0)
@@ -602,7 +602,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(adapted, small, loss_ag
 
 
 def test_the_end_token_is_trained_although_it_is_the_padding_token(adapted, small):
-    """An SGD step of row 0 is the gradient of the mean of both its tokens, computed apart."""
+    """An SGD step on row 0 equals the gradient of the mean over both its tokens."""
     r = rollouts()
     assert r.tokens[0].tolist() == [5, 6, 7, 0, 0] and r.length[0] == 2  # 7, then the end token 0
     moved = sgd_step(
