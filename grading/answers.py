@@ -42,8 +42,6 @@ def _unit(text: str) -> tuple[str, object]:
         return text[:-1], (("pct", 1),)
     if degrees := re.fullmatch(r"([^^]*)\^\\circ ?(?:([CF])|\\text\{([CF])\})?", text):
         return degrees[1], ((degrees[2] or degrees[3] or "deg", 1),)
-    if minutes := re.fullmatch(r"([\d.]+)('{1,2})", text):
-        return minutes[1], minutes[2]
     if text.lstrip("-").startswith((r"\$", "€", "£")):
         sign = text.lstrip("-")[0]
         name = {"\\": "USD", "€": "EUR", "£": "GBP"}[sign]
@@ -116,7 +114,7 @@ def _compare_equations(sides: list[str], gold_sides: list[str], decide: Decide) 
     if len(sides) == 1:
         return bool(gold_named) and _compare(sides[0], gold_sides[-1], decide)
     if named and sides[0] == gold_sides[0]:
-        return _compare(sides[-1], gold_sides[-1], decide)
+        return _compare_equations(sides, gold_sides[-1:], decide)
     if len(sides) == len(gold_sides) == 2:
         return _decide("=".join(sides), "=".join(gold_sides), decide)
     return False

@@ -34,7 +34,6 @@ def align(answer: str, gold: str) -> tuple[str, str] | None:
             answer = sets[0][1]
         if sets[1] and not relations[0] and _is_set(answer, sets[1][0]):
             gold = sets[1][1]
-    answer, gold = _unlabelled(answer, gold), _unlabelled(gold, answer)
     answer, gold = _point(answer, gold), _point(gold, answer)
     for text, other in ((answer, gold), (gold, answer)):
         either = re.findall(r"(?:^|\\or) ?([a-z])=", text) if r"\or" in text else []
@@ -46,7 +45,7 @@ def align(answer: str, gold: str) -> tuple[str, str] | None:
 
 def _meaning(text: str) -> str:
     """Rewrite what needs no other side: number words, sets, times of day, a factor of a matrix."""
-    text = _INTEGER.sub("", _EACH.sub("", text))
+    text = _unlabelled(_INTEGER.sub("", _EACH.sub("", text)))
     said = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).lower()
     if said in words.EMPTY:
         return r"\varnothing"
@@ -123,17 +122,15 @@ def _bounds(text: str) -> tuple[str, str | None, str | None] | None:
     return sides[middle], low, high
 
 
-def _unlabelled(text: str, other: str) -> str:
-    """Drop the labels of `min: 1, max: 3` if they are true and the other side has none."""
-    labels = ["".join(filter(None, found)) for found in _LABEL.findall(text)]
+def _unlabelled(text: str) -> str:
+    """Drop the labels of `min: 1, max: 3` if they are true."""
+    labels = ["".join(found) for found in _LABEL.findall(text)]
     plain = _LABEL.sub("", text)
-    if not labels or ":" in plain or _LABEL.search(other):
-        return text
     values = [fraction(part) for part in split(plain, LISTED)]
-    if None in values or len(values) != len(labels) or len(set(labels)) < len(labels):
+    if sorted(labels) != ["max", "min"] or len(values) != 2 or None in values:
         return text
-    ordered = [v for _, v in sorted(zip(labels, values, strict=True), reverse=True)]  # min first
-    return plain if ordered == sorted(ordered) else text
+    low, high = values if labels[0] == "min" else values[::-1]
+    return plain if low <= high else text
 
 
 def _point(text: str, other: str) -> str:
