@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import comparable, weights
+from conftest import comparable
+from test_train import weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 
 from data import prepare
