@@ -1,7 +1,7 @@
-"""When an answer is right. The rule is in docs/GRADING.md.
+"""Decide whether an answer is right. The rule is in docs/GRADING.md.
 
-`correct(texts, golds)` grades a batch; `last_boxed` finds an answer; `normalize` gives it one
-spelling; `clusters` says which answers of a group are the same.
+`correct` grades the last box of each text. `last_boxed` finds an answer, `normalize` gives it one
+spelling, and `clusters` finds the equivalent answers of a group.
 """
 
 from grading.answers import is_equiv

@@ -1,11 +1,11 @@
-"""The grading rule: whether an answer, spelt by spelling.py, is the gold one (`is_equiv`).
+"""The grading rule: `is_equiv` decides whether an answer equals the gold answer.
 
-What is decided for units, lists or equations, and an audit of it, are in docs/GRADING.md; batches
-belong to grade.py.
+How a pair is compared: give both sides one spelling (spelling.py) and one form (forms.py), split
+them (structure.py), and compare the parts here. Remaining single expressions pass guards.py and go
+to symbolic.py. words.py lists the words, units, commands and signs that are known.
 
-The way of a pair: one spelling (spelling.py), one form (forms.py), taken apart (structure.py) and
-compared part by part here; what is left, single expressions, passes a guard (guards.py) and goes to
-symbolic.py. words.py has what is known by name.
+docs/GRADING.md states the rule for units, lists, equations and so on, with an audit of it.
+grading/workers.py grades batches.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from grading.guards import readable
 from grading.spelling import normalize, spell
 from grading.structure import LISTED, fraction, shape, split
 
-MAX_CHARS = 500  # a longer answer is right only if it is the gold string itself
+MAX_CHARS = 500  # a longer answer is right only if it equals the gold string
 
+# Compares two expressions; None if it does not know.
 Decide = Callable[[str, str], bool | None]
 
 _BASE = r"([0-9A-F]*\d[0-9A-F]*)(?:_\{(\d+)\})?"
@@ -33,13 +34,14 @@ _NAME = re.compile(
 
 
 def _unit(text: str) -> tuple[str, object]:
-    """(value, unit): what stands behind a number or before it; a string where it is not known."""
+    """Split off the unit after (or currency sign before) a value: (value, unit).
+
+    A known unit is a tuple of (name, power) pairs, an unknown one the text itself, none is "".
+    """
     if text.endswith("%"):
         return text[:-1], (("pct", 1),)
     if degrees := re.fullmatch(r"([^^]*)\^\\circ ?(?:([CF])|\\text\{([CF])\})?", text):
         return degrees[1], ((degrees[2] or degrees[3] or "deg", 1),)
-    if minutes := re.fullmatch(r"([\d.]+)('{1,2})", text):
-        return minutes[1], minutes[2]
     if text.lstrip("-").startswith((r"\$", "€", "£")):
         sign = text.lstrip("-")[0]
         name = {"\\": "USD", "€": "EUR", "£": "GBP"}[sign]
@@ -57,20 +59,20 @@ def _unit(text: str) -> tuple[str, object]:
     if ordinal and not behind:
         return value, ""
     named = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", behind.replace(".", " "))
-    if ordinal:  # the 12th grade is 12, the 5th root is not 5
+    if ordinal:  # the 12th grade is 12, but the 5th root is not 5
         return (value, "") if named.strip() in words.RANKED else (text, named.strip())
     known = words.unit(named, bare, value == "1")
     return (value, known) if known else (text, "") if bare else (value, named.strip())
 
 
 def _all(verdicts: Iterator[bool | None]) -> bool | None:
-    """Three-valued `all`: False if any is, else None (not settled) if any is."""
+    """`all` with unknowns: False if any is False, else None if any is None, else True."""
     known = set(verdicts)
     return False if False in known else None if None in known else True
 
 
 def _compare(answer: str, gold: str, decide: Decide) -> bool | None:
-    """Compare two normalised answers part by part; None where `decide` does not know."""
+    """Compare two normalised answers part by part. Returns None if `decide` does not know."""
     if answer == gold:
         return True
     if (aligned := align(answer, gold)) is None or _misnamed(*aligned):
@@ -87,7 +89,7 @@ def _compare(answer: str, gold: str, decide: Decide) -> bool | None:
     if parts == [answer] and gold_parts == [gold]:
         return _compare_scalars(answer, gold, decide)
     verdicts = []
-    for gold_part in gold_parts:  # without order: each gold part takes one part of the answer
+    for gold_part in gold_parts:  # in any order: each gold part uses up one part of the answer
         found = []
         while len(found) < len(parts) and True not in found:
             found.append(_compare(parts[len(found)], gold_part, decide))
@@ -97,7 +99,7 @@ def _compare(answer: str, gold: str, decide: Decide) -> bool | None:
 
 
 def _equation(text: str) -> list[str]:
-    """The sides of an equation or of a chain of them; one side where there is none."""
+    """The sides of an equation or a chain of equations; a single side if there is no `=`."""
     return [text] if len(split(text, LISTED)) > 1 else split(text, ("=",))
 
 
@@ -105,14 +107,14 @@ def _compare_equations(sides: list[str], gold_sides: list[str], decide: Decide) 
     named, gold_named = _is_name(sides[0]), _is_name(gold_sides[0])
     if len(sides) == len(gold_sides) == 2 and named and gold_named:
         sides = _renamed(sides, gold_sides)
-    if len(gold_sides) == 1:  # "x = 6/4 = 3/2" for 3/2: plain numbers on the way must agree too
+    if len(gold_sides) == 1:  # "x = 6/4 = 3/2" for 3/2: plain numbers in between must agree too
         asked = named or fraction(gold_sides[0]) is not None and len(_letters(sides[0])) > 1
         shown = [s for s in sides[1:-1] if fraction(s) is not None] if asked else sides[:-1]
         return _all(_compare(side, gold_sides[0], decide) for side in [*shown, sides[-1]])
     if len(sides) == 1:
         return bool(gold_named) and _compare(sides[0], gold_sides[-1], decide)
     if named and sides[0] == gold_sides[0]:
-        return _compare(sides[-1], gold_sides[-1], decide)
+        return _compare_equations(sides, gold_sides[-1:], decide)
     if len(sides) == len(gold_sides) == 2:
         return _decide("=".join(sides), "=".join(gold_sides), decide)
     return False
@@ -123,10 +125,10 @@ def _letters(text: str) -> set[str]:
 
 
 def _is_name(text: str) -> bool:
-    """Whether an equation's left side may name a value: a letter, f(2), an angle, a ratio a/b.
+    """Whether an equation's left side can name the value: a letter, f(2), an angle, a ratio a/b.
 
-    The root of x or 2x does not: its value is not that of x. A value of a + b is one, as no single
-    letter follows from it.
+    2x or the root of x cannot, because their value is not that of x. A ratio or a root of several
+    letters can, because it does not determine a single letter.
     """
     commands = set(re.findall(r"\\[A-Za-z]+", text))
     return (
@@ -137,7 +139,7 @@ def _is_name(text: str) -> bool:
 
 
 def _misnamed(answer: str, gold: str) -> bool:
-    """Whether a tuple is given under names in an order that is not the usual one."""
+    """Whether a tuple has named entries in an unusual order, as in (y,x)=(2,4)."""
     names = [re.match(r"\(([^()=]*)\)=(?=\()", side) for side in (answer, gold)]
     texts = [name and name[1] for name in names]
     if not any(texts) or texts[0] == texts[1]:
@@ -148,7 +150,7 @@ def _misnamed(answer: str, gold: str) -> bool:
 
 
 def _renamed(sides: list[str], gold_sides: list[str]) -> list[str]:
-    """f(z) = z as f(x) = x, where the gold one has f(x): the letter is bound."""
+    """Rename a function's argument to that of the gold answer: f(z) = z becomes f(x) = x."""
     found = [re.fullmatch(r"([A-Za-z])\(([a-z])\)", s[0]) for s in (sides, gold_sides)]
     if None in found or found[0][1] != found[1][1] or found[1][2] in _letters(sides[1]):
         return sides
@@ -157,7 +159,7 @@ def _renamed(sides: list[str], gold_sides: list[str]) -> list[str]:
 
 
 def _compare_scalars(answer: str, gold: str, decide: Decide) -> bool | None:
-    """Single expressions: units, words and number bases here, plain numbers as fractions."""
+    """Compare single expressions: units, plain numbers, words, number bases, then `decide`."""
     answer = re.split(r" ?\\approx(?![A-Za-z])", answer)[0]
     (value, unit), (gold_value, gold_unit) = _unit(answer), _unit(gold)
     if unit != gold_unit and (isinstance(unit or gold_unit, str) or (unit and gold_unit)):
@@ -168,7 +170,7 @@ def _compare_scalars(answer: str, gold: str, decide: Decide) -> bool | None:
         if percent != gold_percent and exact * (100 if gold_percent else 1) == gold_exact * (
             100 if percent else 1
         ):
-            return True  # 50% is 0.5; it is also 50, where a percentage was asked for
+            return True  # 50% is 0.5; if a percentage was asked for, it is also 50
         return exact == gold_exact
     if percent != gold_percent:
         return False
@@ -193,7 +195,7 @@ def _compare_scalars(answer: str, gold: str, decide: Decide) -> bool | None:
 
 
 def _words(text: str) -> str | None:
-    """Words, or a run of letters, without \\text, parentheses and a leading article."""
+    """Words or a run of letters, without \\text, parentheses and a leading article; else None."""
     plain = re.sub(r"\\text\{([^{}]*)\}", r"\1 ", text).strip("() ")
     plain = re.sub(r"^(?:an|a|the) (?=.)", "", plain)
     plain = re.sub(r"(?<=[A-Za-z]) (?=\d)", "", plain)  # October 30, in \text or not
@@ -201,13 +203,16 @@ def _words(text: str) -> str | None:
 
 
 def _product_of_variables(a: str, b: str) -> bool:
-    """xy is yx, but LQSX is not LXQS and no is not on: other letters make words, in order."""
+    """Whether two runs of letters are the same product: xy is yx.
+
+    Only certain letters make a product. Others make a word or a name: LQSX is not LXQS.
+    """
     named = any(set(a) <= set(letters) for letters in ("xyz", "abc", "pqr", "mnk", "uvw"))
     return named and sorted(a) == sorted(b)
 
 
 def _decide(answer: str, gold: str, decide: Decide) -> bool | None:
-    """Ask, unless a part of either would be lost on the way (guards.py)."""
+    """Ask `decide`, unless the parser would lose a part of either side (guards.py)."""
     read, gold_read = readable(answer), readable(gold)
     if read is None or gold_read is None:
         return False
@@ -218,7 +223,7 @@ def _decide(answer: str, gold: str, decide: Decide) -> bool | None:
 
 
 def _general(answer: str, gold: str) -> str | None:
-    """The answer with the gold letter for any integer: n pi for k pi, the only letter."""
+    """The answer with the gold answer's letter for "any integer": n pi becomes k pi. Else None."""
     found = [
         set(re.findall(r"(?<![\\A-Za-z])[a-zA-Z]", re.sub(r"\\[A-Za-z]+", " ", t)))
         for t in (answer, gold)
@@ -234,10 +239,10 @@ _normal = functools.lru_cache(maxsize=4096)(normalize)
 
 
 def quick_verdict(answer: str | None, gold: str) -> bool | None:
-    """What can be settled in the caller's process, in linear time; None is for a worker.
+    """The verdict if it can be found in linear time, else None: a worker must decide.
 
-    Equal spellings and plain numbers: most rows. Everything that takes answers apart
-    runs where it can be killed.
+    Compares spellings and plain numbers, which settles most rows. Everything that splits answers
+    runs in a worker process, which can be killed.
     """
     if answer is None or not answer.strip():
         return False
@@ -254,7 +259,7 @@ def quick_verdict(answer: str | None, gold: str) -> bool | None:
 
 
 def _decimal(text: str) -> Fraction | None:
-    """The value of a short integer, decimal or fraction of integers."""
+    """The value of a short integer, decimal or fraction of integers, else None."""
     plain = re.fullmatch(
         r"([+-]?)(?:(\d{1,60}+(?:\.\d{1,60}+)?)|\\frac\{(\d{1,60}+)\}\{(\d{1,60}+)\})", text
     )
@@ -265,9 +270,10 @@ def _decimal(text: str) -> Fraction | None:
 
 
 def is_equiv(answer: str | None, gold: str) -> bool:
-    """Whether `answer` is the gold answer (docs/GRADING.md); neither side is boxed.
+    """Whether `answer` equals the gold answer by the rule in docs/GRADING.md. No side is boxed.
 
-    Runs here and may take arbitrarily long on hostile answers: batches belong to `Grader`.
+    It runs in this process and may take arbitrarily long on hostile answers. Use `Grader` for
+    batches and for the texts of a model.
     """
     verdict = quick_verdict(answer, gold)
     if verdict is None:

@@ -1,7 +1,7 @@
-"""The forms an answer may take beside the gold one's: `align` brings both into one form.
+"""Bring an answer and the gold answer into one form (`align`).
 
-An interval written as an inequality, a point as `x=8, y=-2`, a column as a sum of unit vectors,
-"two" for 2. Which form is meant is decided by the gold answer; docs/GRADING.md has the rules.
+Examples: an interval written as an inequality, a point as `x=8, y=-2`, a column as a sum of unit
+vectors, "two" for 2. The rules are in docs/GRADING.md.
 """
 
 from __future__ import annotations
@@ -16,14 +16,12 @@ MINUS, PLUS = r"(-\infty", r"\infty)"
 _TIME = re.compile(r"(\d{1,2}(?::\d\d)*)(?:\\text\{(am|pm)\}|(am|pm))", re.IGNORECASE)
 _MATRIX = re.compile(r"(.*?)([(\[]?)\\begin\{pmatrix\}(.*)\\end\{pmatrix\}[)\]]?", re.DOTALL)
 _EACH = re.compile(r",?(?:\\text\{for (?:all|every|any)(?: real)?\}|for (?:all|any)) ?[a-zA-Z]$")
-_INTEGER = re.compile(
-    r",(?:\\text\{where\})?(?:[kmn])\\in ?\\mathbb\{Z\}$"
-)  # of k pi, for any integer k
+_INTEGER = re.compile(r",(?:\\text\{where\})?[kmn]\\in ?\\mathbb\{Z\}$")
 _LABEL = re.compile(r"\\text\{(min|max)(?:imum)?\}:|(min|max)(?:imum)?:|\\(min|max):")
 
 
 def align(answer: str, gold: str) -> tuple[str, str] | None:
-    """Both sides in one form; None where the answer says what the gold one does not."""
+    """Both sides in one form, or None if the answer says what the gold answer does not."""
     answer, gold = _meaning(answer), _meaning(gold)
     relations = [_has_relation(side) for side in (answer, gold)]
     if all(relations) and (r"\or" in answer) != (r"\or" in gold):
@@ -36,22 +34,18 @@ def align(answer: str, gold: str) -> tuple[str, str] | None:
             answer = sets[0][1]
         if sets[1] and not relations[0] and _is_set(answer, sets[1][0]):
             gold = sets[1][1]
-    answer, gold = _unlabelled(answer, gold), _unlabelled(gold, answer)
     answer, gold = _point(answer, gold), _point(gold, answer)
     for text, other in ((answer, gold), (gold, answer)):
         either = re.findall(r"(?:^|\\or) ?([a-z])=", text) if r"\or" in text else []
         if "=" not in other and len(set(either)) > 1:
-            return None  # x = 5 or y = 6 is no list of values
-        if "=" not in other and (point := _point(text, "(")) != text and "=" in text:
-            if not other.startswith("("):  # 8, -2 in the order of the letters
-                return point, f"({other})"
+            return None  # "x = 5 or y = 6" is not a list of values
     answer, gold = _column(answer, gold), _column(gold, answer)
     return _ratio(answer, gold), _ratio(gold, answer)
 
 
 def _meaning(text: str) -> str:
-    """What needs no other side: words for numbers and sets, times of day, a factor of a matrix."""
-    text = _INTEGER.sub("", _EACH.sub("", text))
+    """Rewrite what needs no other side: number words, sets, times of day, a factor of a matrix."""
+    text = _unlabelled(_INTEGER.sub("", _EACH.sub("", text)))
     said = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).lower()
     if said in words.EMPTY:
         return r"\varnothing"
@@ -81,7 +75,7 @@ def _has_relation(text: str) -> bool:
 
 
 def _is_set(text: str, letter: str) -> bool:
-    """An interval or a union of them, of the same variable where it names one."""
+    """Whether `text` is an interval or a union of them, for `letter` if it names a variable."""
     named = re.match(r"([A-Za-z])\\in ?", text)
     if named and named[1] != letter:
         return False
@@ -91,7 +85,7 @@ def _is_set(text: str, letter: str) -> bool:
 
 
 def _interval(text: str) -> tuple[str, str] | None:
-    """(variable, interval) of inequalities in one letter; `or` makes a union, `and` cuts."""
+    """(variable, interval) of inequalities in one letter. `or` unites, `and` intersects."""
     either = split(text, (r"\or",))
     if len(either) > 1:
         found = [_interval(part) for part in either]
@@ -110,7 +104,7 @@ def _interval(text: str) -> tuple[str, str] | None:
 
 
 def _bounds(text: str) -> tuple[str, str | None, str | None] | None:
-    """(letter, "(low" or "[low" or None, "high)" or "high]" or None) of `a < x <= b`."""
+    """(letter, low, high) of inequalities: ("x", "(a", "b]") of `a < x <= b`; None is unbounded."""
     found = [_RELATIONS[t] for t in tokens(text) if t in _RELATIONS]
     sides = split(text, tuple(_RELATIONS))
     if len(sides) != len(found) + 1 or len(found) > 2 or not found:
@@ -128,21 +122,19 @@ def _bounds(text: str) -> tuple[str, str | None, str | None] | None:
     return sides[middle], low, high
 
 
-def _unlabelled(text: str, other: str) -> str:
-    """`min: 1, max: 3` as a list, where the other side has no labels and they tell the truth."""
-    labels = ["".join(filter(None, found)) for found in _LABEL.findall(text)]
+def _unlabelled(text: str) -> str:
+    """Drop the labels of `min: 1, max: 3` if they are true."""
+    labels = ["".join(found) for found in _LABEL.findall(text)]
     plain = _LABEL.sub("", text)
-    if not labels or ":" in plain or _LABEL.search(other):
-        return text
     values = [fraction(part) for part in split(plain, LISTED)]
-    if None in values or len(values) != len(labels) or len(set(labels)) < len(labels):
+    if sorted(labels) != ["max", "min"] or len(values) != 2 or None in values:
         return text
-    ordered = [v for _, v in sorted(zip(labels, values, strict=True), reverse=True)]  # min first
-    return plain if ordered == sorted(ordered) else text
+    low, high = values if labels[0] == "min" else values[::-1]
+    return plain if low <= high else text
 
 
 def _point(text: str, other: str) -> str:
-    """`x=8, y=-2`, `(x,y)=(8,-2)` and `P(8,-2)` as the tuple that the other side is."""
+    """Write `x=8, y=-2`, `(x,y)=(8,-2)` and `P(8,-2)` as a tuple if the other side is one."""
     if not other.startswith("("):
         return text
     if re.fullmatch(r"[A-Z]\(.+\)", text) and len(split(text[2:-1], (",",))) > 1:
@@ -157,7 +149,7 @@ def _point(text: str, other: str) -> str:
 
 
 def _column(text: str, other: str) -> str:
-    """A sum of unit vectors as the column or tuple that the other side is."""
+    """Write a sum of unit vectors as a column or tuple, whichever the other side is."""
     if r"\vec{" not in text or r"\vec{" in other:
         return text
     terms = re.findall(r"([+-]?)([^+-]*?)(?:\\cdot)?\\vec\{([ijk])\}", text)
@@ -177,7 +169,7 @@ def _column(text: str, other: str) -> str:
 
 
 def _ratio(text: str, other: str) -> str:
-    """a:b is the fraction; more than two are compared by their quotients to the first."""
+    """Write a:b as a fraction, and a longer ratio as its quotients to the first number."""
     parts = split(text, (":",))
     if len(parts) < 2 or "=" in text or r"\text" in text or len(split(text, LISTED)) > 1:
         return text

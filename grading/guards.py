@@ -1,8 +1,8 @@
-r"""What must hold of two spelt expressions before anything symbolic reads them.
+r"""Check an expression before Math-Verify's parser reads it, and write it so that nothing is lost.
 
-Math-Verify's parser drops marks, dots and subscripts, adds the factors of `(3)(4)` and lowers
-letters. So it gets nothing but commands and signs of a known list, with products written out and
-capitals under names of their own.
+The parser drops marks, dots and subscripts, adds the factors of `(3)(4)` and turns letters into
+lower case. So only expressions of known commands and signs pass. Products are written out, and
+capitals get names of their own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _KNOWN = set("+-*/^_(){}[]|!=<> ") | {
     for name in "frac sqrt pi infty cdot times div binom le ge ne lfloor rfloor lceil rceil".split()
     + [*words.FUNCTIONS.values(), *words.GREEK]
 }
-# Bases, towers of numbers, huge powers and factorials, two numbers or two signs in a row.
+# Number bases, towers of powers, huge powers and factorials, two numbers or two signs in a row.
 _REFUSED = re.compile(
     r"\d \d|(?<!sqrt)\[|[\d)}\]|!']_|\^\{-?[\d.]+\^|\^\{-?\d{5,}\}|\d{4,}!|!!|^[^A-Za-z]*[)}\]]!"
     r"|\^\{[^{}]*\}\^|\d/\d+(?:[A-Za-z(]|\\(?!cdot|times|le|ge|ne))|\.(?!\d)|(?<![\\A-Za-z])[A-Za-z]\d|\^_|__"
@@ -25,7 +25,7 @@ _REFUSED = re.compile(
 
 
 def readable(text: str) -> str | None:
-    """The expression as the parser may have it; None where a part of it would be lost."""
+    """The expression as the parser may read it, or None if it would lose a part."""
     text = re.sub(r"(\d+)\.(\d*)\\overline\{(\d+)\}", _recurring, text)
     text = re.sub(r"\\vec\{([ijk])\}", r"v_{\1}", text)
     text = text.replace(r"^\circ", " u_{99}").replace(r"{}", "")
@@ -33,7 +33,7 @@ def readable(text: str) -> str | None:
     text = re.sub(r"(?<=\})(?=\d)|(?<=[\d)])(?=\()|(?<=\))(?=\d)", r"\\cdot ", text)
     bare = re.sub(r"[uv]_\{\w+\}", "", text)
     tokens = _TOKEN.findall(bare)
-    mixed = re.findall(r"\d\\frac\{(\d+)\}\{(\d+)\}", bare)  # read as a sum
+    mixed = re.findall(r"\d\\frac\{(\d+)\}\{(\d+)\}", bare)  # the parser reads a sum
     if any(int(top) >= int(bottom) for top, bottom in mixed):
         return None
     known = all(t in _KNOWN or t[0].isdigit() or t.isascii() and t.isalpha() for t in tokens)
@@ -43,11 +43,12 @@ def readable(text: str) -> str | None:
 
 
 def _recurring(match: re.Match) -> str:
+    """A recurring decimal as a fraction: 0.1\\overline{6} is 15/90."""
     whole, digits, period = match.groups()
     top = int(whole + digits + period) - int(whole + digits)
     return rf"\frac{{{top}}}{{{(10 ** len(period) - 1) * 10 ** len(digits)}}}"
 
 
 def _capitals(match: re.Match) -> str:
-    """A capital, or a run of them as one name, as the parser lowers letters and sorts factors."""
+    """A name for a run of capitals: the parser would lower them and sort them as factors."""
     return f"w_{{{''.join(str(ord(letter)) for letter in match[0])}}}"

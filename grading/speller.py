@@ -1,4 +1,4 @@
-"""One spelling for LaTeX, token by token: one pass from left to right, no backtracking."""
+"""Write LaTeX in one spelling, in a single pass over its tokens without backtracking."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import re
 
 from grading import words
 
-MAX_DEPTH = 40  # of groups in groups; deeper text is left as it is
+MAX_DEPTH = 40  # of nested groups; more deeply nested text is left as it is
 _SCAN = re.compile(r"\\[A-Za-z]++|\\.|[A-Za-z]++|\d++|\s++|\*\*|<=|>=|!=|.", re.DOTALL)
 _LENGTH = re.compile(r"\[\s?-?[\d.]++\s?(?:pt|em|ex|mm|cm)\s?\]")
 _ORDINALS = {"st", "nd", "rd", "th"}
 
 
 class Odd(Exception):
-    """Text that is left as it is: braces that do not match, or nested too deep."""
+    """The text cannot be read: its braces do not match, or are nested too deeply."""
 
 
 class Speller:
-    """Reads tokens from left to right and writes their one spelling."""
+    """Reads the tokens of a text from left to right and writes them in one spelling."""
 
     def __init__(self, text: str) -> None:
-        self.tokens = _SCAN.findall(text)[::-1]  # the next one last
+        self.tokens = _SCAN.findall(text)[::-1]  # reversed: pop() takes the next token
         self.depth = 0
 
     def all(self) -> str:
@@ -30,7 +30,10 @@ class Speller:
         return out
 
     def sequence(self, close: str, prose: bool = False, value: bool = False) -> str:
-        """The spelling up to the token `close`, which is taken; prose is the inside of `text`."""
+        """Spell the tokens up to `close`, which is consumed.
+
+        prose: whether they stand inside `\\text{}`; value: whether that follows a value.
+        """
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise Odd
@@ -57,7 +60,7 @@ class Speller:
         return "".join(line.pieces)
 
     def words(self, first: str) -> list[str]:
-        """The words that begin with `first`: p.m. is one, sq. cm are two, x-axis too."""
+        """The words of a phrase that begins with `first`. p.m. is one word, sq. cm are two."""
         found = [first]
         while self.tokens:
             token = self.tokens[-1]
@@ -75,7 +78,7 @@ class Speller:
         return found
 
     def one(self, token: str, line: _Line) -> None:
-        """Write a token with its arguments."""
+        """Write one token together with its arguments."""
         if token in words.TEXT_FONTS:
             self.text(line)
         elif token in words.MATH_FONTS or token in (r"\vec", r"\hat"):
@@ -87,7 +90,10 @@ class Speller:
         elif token in (r"\frac", r"\binom"):
             line.add(rf"{token}{{{self.argument()}}}{{{self.argument()}}}")
         elif token in (r"\sqrt", "sqrt"):
-            index = rf"[{self.sequence(']')}]" if self.peek() == "[" and self.skip("[") else ""
+            index = ""
+            if self.peek() == "[":
+                self.tokens.pop()
+                index = f"[{self.sequence(']')}]"
             inside = self.argument(token == "sqrt" or self.peek() == "(")
             line.add(rf"\sqrt{index}{{{inside}}}")
         elif token == "abs" and self.peek() == "(":
@@ -107,7 +113,7 @@ class Speller:
             line.add(rf"\overline{{{self.argument()}}}")
         elif token == "{":
             inside = self.sequence("}")
-            line.space |= inside.isdigit()  # {5}{6} is no 56
+            line.space |= inside.isdigit()  # {5}{6} is not 56
             line.add(inside if len(inside) < 2 else f"{{{inside}}}")
         elif token == "." and self.tokens and self.tokens[-1].isdigit():
             digits = line.pieces and line.pieces[-1].isdigit() and not line.space
@@ -116,11 +122,7 @@ class Speller:
             line.add(self.plain(token, line))
 
     def plain(self, token: str, line: _Line) -> str:
-        """Letters, digits, commands and signs without arguments."""
-        if token in ("<=", ">=", "!="):
-            return {"<=": r"\le", ">=": r"\ge", "!=": r"\ne"}[token]
-        if token in ("*", r"\%"):
-            return {"*": r"\cdot", r"\%": "%"}[token]
+        """The spelling of a letter, digit, command or sign that has no arguments."""
         if token in ("and", "or"):
             return "\\" + token
         if token in words.CONSTANTS:
@@ -132,10 +134,10 @@ class Speller:
         return token
 
     def text(self, line: _Line) -> None:
-        r"""\text{...}: words stay words; digits, signs and single letters become mathematics."""
+        r"""Write \text{...}: words stay words; digits, signs and single letters become formulas."""
         if self.peek() != "{":
             raise Odd
-        self.skip("{")
+        self.tokens.pop()
         if len(self.tokens) > 1 and self.tokens[-2] == "}" and self.tokens[-1].isalpha():
             name, _ = self.tokens.pop(), self.tokens.pop()
             number = line.number() and name in ("sec", "min")
@@ -146,7 +148,7 @@ class Speller:
         line.space = True
 
     def font(self, token: str) -> str:
-        r"""Bold and the like say nothing but of i, j and k, which are vectors then."""
+        r"""Drop fonts, which mean nothing, except on i, j and k: these are unit vectors."""
         inside = self.argument()
         letter = inside.strip("{}").removeprefix(r"\vec{").removeprefix("\\")[:1]
         bare = inside in ("i", "j", "k", r"\imath", r"\jmath")
@@ -174,22 +176,22 @@ class Speller:
             line.add(f"{sign}{{{inside}}}")
 
     def peek(self) -> str:
-        """The next token that is no space."""
+        """The next token that is not a space, or ""."""
         while self.tokens and (self.tokens[-1].isspace() or self.tokens[-1] in words.SILENT):
             self.tokens.pop()
         return self.tokens[-1] if self.tokens else ""
 
-    def skip(self, token: str) -> bool:
-        return self.tokens.pop() == token
-
     def skip_length(self) -> None:
-        """Drop the [4pt] behind a line end."""
+        """Drop a length such as [4pt] after a line end."""
         if _LENGTH.match("".join(self.tokens[-1:-8:-1])):
             while self.tokens.pop() != "]":
                 pass
 
     def argument(self, whole: bool = False) -> str:
-        """A group, or one token; `whole` takes all digits, a sign or (...): x^10, x^-1."""
+        """Spell the next group or token.
+
+        whole: take all digits, a minus sign or (...), as x^10 and x^-1 need.
+        """
         token = self.peek()
         if not token or token in ("}", "&", "\\\\", "$"):
             raise Odd
@@ -216,7 +218,7 @@ class Speller:
         return "".join(line.pieces).strip()
 
     def sequence_to_parenthesis(self) -> str:
-        """Up to the ) that closes; brackets inside are told apart by the sequence between them."""
+        """Spell the tokens up to the closing parenthesis, which is consumed."""
         inside, depth = [], 1
         while self.tokens:
             token = self.tokens.pop()
@@ -231,15 +233,15 @@ class Speller:
 
 
 class _Line:
-    """What has been written of a sequence; keeps apart what would run together."""
+    """The pieces written so far. Keeps a space between pieces that would otherwise merge."""
 
     def __init__(self, value: bool = False) -> None:
-        self.value = value  # whether it is the inside of a \\text behind a value
+        self.value = value  # whether this is the inside of a \\text that follows a value
         self.pieces: list[str] = []
-        self.space = False  # whether the text had a space here
+        self.space = False  # whether the text has a space at this point
 
     def number(self) -> bool:
-        """Whether a value ends here, so that a word may be its unit."""
+        """Whether the last piece ends a value, so that a following word may be its unit."""
         return bool(self.pieces) and self.pieces[-1][-1:] in "0123456789})"
 
     def add(self, piece: str) -> None:
@@ -255,7 +257,7 @@ class _Line:
         self.space = False
 
     def text(self, found: list[str]) -> None:
-        r"""Words: `and` and `or` part them, units and phrases are \text, single letters are not."""
+        r"""Write words. `and` and `or` separate phrases; a letter is \text only if it is a unit."""
         phrase: list[str] = []
         for word in [*found, ""]:
             if word and word not in ("and", "or"):

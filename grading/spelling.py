@@ -1,6 +1,6 @@
-"""Find the answer in a text (`last_boxed`) and give it one spelling (`normalize`), as strings.
+"""Find the answer in a text (`last_boxed`) and give it one spelling (`normalize`).
 
-All of it takes time linear in the text, as it runs in the trainer's own process.
+Everything here takes time linear in the text, because it runs in the trainer's process.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from grading.speller import Odd, Speller
 
 
 def _group_end(text: str, start: int) -> int | None:
-    """Index of the brace that closes the one at `start`; linear, escaped braces skipped."""
+    """Index of the brace that closes the one at `start`, or None. Escaped braces do not count."""
     depth = 0
     for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
         if match[0] == "{":
@@ -28,30 +28,30 @@ def _group_end(text: str, start: int) -> int | None:
 
 
 def _box_at(text: str, start: int) -> str | None:
-    """Content of the box whose backslash is at `start`; None if unterminated or empty."""
+    """Content of the box whose backslash is at `start`, or None if it is unterminated or empty."""
     brace = re.compile(r"\\boxed\s*+\{").match(text, start)
     end = _group_end(text, brace.end() - 1) if brace else None
     return (text[brace.end() : end].strip() or None) if end is not None else None
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Content of the last \boxed{} by brace matching, stripped; None without one.
+    r"""Content of the last \boxed{} by brace matching, stripped, or None.
 
-    The last \boxed decides: when it is unterminated or empty there is no answer, whatever earlier
-    boxes or prose say. Linear in the length of the text.
+    If the last \boxed is unterminated or empty, there is no answer. No earlier box and no prose is
+    taken instead.
     """
     start = text.rfind(r"\boxed")
     return _box_at(text, start) if start >= 0 else None
 
 
 def lenient_answer(text: str) -> str | None:
-    """A second, separate metric, never a reward: what a kind reader would take for the answer.
+    """The answer that a lenient reader would find, or None. For a metric, never for a reward.
 
-    The last complete box anywhere; else what follows the last "answer is", "answer:" or "####" on
-    its line; else the last number.
+    It is the last complete box, else the rest of the line after the last "answer is", "answer:" or
+    "####", else the last number.
     """
     end = len(text)
-    for _ in range(20):  # enough for any honest text, and keeps hostile text linear
+    for _ in range(20):  # enough for ordinary text, and keeps hostile text linear
         end = text.rfind(r"\boxed", 0, end)
         if end < 0:
             break
@@ -68,31 +68,31 @@ def lenient_answer(text: str) -> str | None:
 
 # ------------------------------------------------------------------------------------ normal form
 
-# Commas that are all of one number; with spaces, or in brackets, they make a list.
+# A single number with thousands commas. With spaces or in brackets, commas make a list.
 _THOUSANDS = re.compile(r"[^,\d(\[{]*+\d{1,3}(?:,\d{3})++(?!\d)[^,]*+")
 _LATEX_THOUSANDS = re.compile(
     r"(?<=\d)(?:\{\s?,\s?\}|\s?,\s?\\!|\\,|\\ |\\!,\\!)\s?(?=\d{3}(?!\d))"
 )
 _SPACED_THOUSANDS = re.compile(r"\s*+([+-]?\d{1,3})((?: \d{3})++)\s*+")
-# 6.72e-5 and 1e-05 as programs write them; 2e-1 is left, as it may be 2 times e.
+# 6.72e-5 and 1e-05 as programs write them. 2e-1 is left alone, because it may be 2 times e.
 _SCIENTIFIC = re.compile(
     r"(?<![\w.])(?:(\d*+\.\d++|1)[eE]([+-]?\d++)|(\d++)[eE](\d++|[+-]0\d++))(?![\w.])"
 )
 
 
 def normalize(answer: str) -> str:
-    """One spelling for what LaTeX can spell in many ways; meaning is left alone.
+    """Write an answer in one spelling, without changing its meaning.
 
-    Spaces, `$`, a trailing `.`, sizes (`left`, `big`), fonts, `dfrac`, missing braces, thousands
-    separators, matrix brackets, Unicode, program spelling (`2*pi`). Units, percent signs and `x =`
-    stay: whether they matter depends on the other side.
+    It unifies spaces, `$`, a trailing `.`, sizes (`left`, `big`), fonts, `dfrac`, missing braces,
+    thousands separators, matrix brackets, Unicode and program spelling (`2*pi`). Units, percent
+    signs and `x =` stay, because whether they matter depends on the other side.
     """
     whole = _THOUSANDS.fullmatch(answer)
     return spell(answer.replace(",", "") if whole else answer)
 
 
 def spell(text: str) -> str:
-    """`normalize`, with the commas of 1,234 left in, since they may be those of a list."""
+    """`normalize`, but keep the commas of 1,234: they may separate the items of a list."""
     if number := _SPACED_THOUSANDS.fullmatch(text):
         text = number[1] + number[2].replace(" ", "")
     text = _LATEX_THOUSANDS.sub("", _ascii(text))
@@ -115,7 +115,7 @@ def spell(text: str) -> str:
 
 
 def _ascii(text: str) -> str:
-    """Unicode as LaTeX: raised and lowered signs, fractions, Greek, and NFKC for the rest."""
+    """Write Unicode as LaTeX: scripts, fractions, Greek, words.SIGNS, and NFKC for the rest."""
     if text.isascii():
         return text
     out, script = [], ""

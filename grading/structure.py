@@ -1,4 +1,4 @@
-"""Taking spelt answers apart, and the exact value of plain numbers."""
+"""Split normalised answers into parts, and compute the exact value of plain numbers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from fractions import Fraction
 from itertools import accumulate
 
-MAX_EXPONENT = 9999  # digits of a power that is worked out; longer ones are refused
+MAX_EXPONENT = 9999  # longest power to compute, in digits; longer ones are refused
 LISTED = (",", ";", r"\and", r"\or")
 _OPEN, _CLOSE = ("(", "[", r"\{", "{"), (")", "]", r"\}", "}")
 
@@ -16,7 +16,7 @@ def tokens(text: str) -> list[str]:
 
 
 def split(text: str, separators: tuple[str, ...]) -> list[str]:
-    """Parts of `text` between separators that stand outside all brackets."""
+    """The parts of `text` between separators that are outside all brackets."""
     if not any(separator in text for separator in separators):
         return [text.strip()]
     parts, depth, last = [""], 0, ""
@@ -32,9 +32,10 @@ def split(text: str, separators: tuple[str, ...]) -> list[str]:
 
 
 def shape(text: str) -> tuple[str, list[str]]:
-    """(kind, parts): a union, a matrix, a tuple or interval by its brackets, else a list.
+    """(kind, parts) of an answer: "union", "matrix" with its shape, its brackets, or "list".
 
-    A set and a list are one kind, compared without order; a lone expression is a list of one.
+    Brackets are the kind of a tuple or interval. A set is a list. A single expression is a list of
+    one part.
     """
     text = re.sub(r"^[A-Za-z]\\in(?![A-Za-z])\s*", "", text)
     text = re.sub(r"^\]([^\[\]]*[\[\]])$", r"(\1", re.sub(r"^([\[\](][^\[\]]*)\[$", r"\1)", text))
@@ -60,7 +61,7 @@ def matrix_of(rows: list[str]) -> str:
 
 
 def _with_both_signs(parts: list[str]) -> list[str]:
-    """Write each `a \\pm b` as the two answers it stands for."""
+    """Replace each `a \\pm b` by the two values it stands for."""
     both = []
     for part in parts:
         if r"\pm" in part:
@@ -76,7 +77,7 @@ _POWER = rf"({_NUMBER})(?:\^\{{(-?\d+)\}})?"
 
 
 def fraction(text: str) -> Fraction | None:
-    """The exact value of a plain number: decimals, fractions, mixed numbers, powers; else None."""
+    """The exact value of a decimal, fraction, mixed number or power; None for anything else."""
     sign, text = (-1, text[1:]) if text.startswith("-") else (1, text.removeprefix("+"))
     if mixed := re.fullmatch(r"(\d+) ?(?:\\frac\{(\d+)\}\{(\d+)\}|(?<= )(\d+)/(\d+))", text):
         whole, top, bottom = int(mixed[1]), int(mixed[2] or mixed[4]), int(mixed[3] or mixed[5])
@@ -90,6 +91,7 @@ def fraction(text: str) -> Fraction | None:
 
 
 def product(text: str) -> Fraction | None:
+    """The exact value of a product of numbers and powers; None for anything else."""
     sign, text = (-1, text[1:]) if text.startswith("-") else (1, text)
     value = Fraction(sign)
     for factor in re.split(r"\\times ?|\\cdot ?|\*", text):

@@ -1,7 +1,7 @@
-"""Whether two expressions are equal: Math-Verify and sympy, made quick and checked.
+"""Decide whether two expressions are equal, with Math-Verify and sympy.
 
-Math-Verify's own numeric test holds 1/2^99 and 1/2^98 for equal, so a yes is checked to 300 digits.
-Both are imported when first needed, as that takes a second.
+Math-Verify's numeric test takes 1/2^99 and 1/2^98 as equal, so values are compared to 300 digits
+first. Both libraries are imported when first needed, because that takes a second.
 """
 
 from __future__ import annotations
@@ -16,38 +16,38 @@ from zlib import crc32
 
 
 def equal(answer: str, gold: str) -> bool:
-    """Whether two normalised expressions are equal; what Math-Verify cannot handle is not.
+    """Whether two normalised expressions are equal. False if Math-Verify cannot read one of them.
 
-    May take arbitrarily long. Raises ImportError where Math-Verify is not installed.
+    May take arbitrarily long. Raises ImportError if Math-Verify is not installed.
     """
     import math_verify
+    import sympy
 
-    _parser()  # its imports must not fail in silence
+    _parser()  # outside of try, so that a failing import is raised
     try:
         a, b = _parse(answer), _parse(gold)
-        # Most wrong answers differ as numbers, and many right ones are the gold one when expanded:
-        # both are quick to see. No time limit of Math-Verify's own: it needs SIGALRM, hence the
-        # main thread (Math-Verify#65).
+        # Quick checks come first: most wrong answers have other values, and many right ones equal
+        # the gold answer when expanded. Math-Verify's time limit is off, because it uses SIGALRM
+        # and so works only on the main thread (Math-Verify#65).
         if not _agree(a, b):
             return False
-        return (
-            _identical(a, b)
-            or _same_values(a, b)
-            or math_verify.verify(b.tree, a.tree, strict=True, timeout_seconds=None)
-        )
-    except Exception:  # parser and sympy raise nearly anything on odd text; odd is not right
+        expressions = all(isinstance(side.tree, sympy.Expr) for side in (a, b))
+        if expressions and (_identical(a, b) or _same_values(a, b)):
+            return True
+        return math_verify.verify(b.tree, a.tree, strict=True, timeout_seconds=None)
+    except Exception:  # parser and sympy raise nearly anything on odd text, which is not right
         return False
 
 
-# A variable's value is (low + a number below high that its name gives) / scale: five points, two
-# above 1, two between 0 and 1, one below 0.
+# Five points (low, high, scale). There, a variable has the value (low + h) / scale, where its name
+# determines h < high. Two points are above 1, two between 0 and 1, and one below 0.
 POINTS = [(11, 97, 5), (11, 97, 6), (1, 97, 101), (2, 97, 103), (-107, 97, 7)]
 
 
 class _Parsed(NamedTuple):
-    """A sympy object, the same with decimals as fractions, and its values at the points.
+    """A sympy object, the same with decimals as fractions, and its values at POINTS.
 
-    An equation or inequality has those of left - right. Sets, chains and the like have none.
+    For an equation or inequality the last two are those of left - right. Sets and chains have none.
     """
 
     tree: object
@@ -57,7 +57,7 @@ class _Parsed(NamedTuple):
 
 @functools.cache
 def _parser() -> Callable[[str], object]:
-    """Math-Verify's LaTeX parser, with the settings of `math_verify.parse` but much quicker."""
+    """Math-Verify's LaTeX parser with the settings of `math_verify.parse`, but much faster."""
     import sympy
     from antlr4.atn.PredictionMode import PredictionMode
     from antlr4.error.ErrorStrategy import BailErrorStrategy
@@ -65,18 +65,18 @@ def _parser() -> Callable[[str], object]:
     from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
     from math_verify.grader import should_treat_as_complex
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that it has no time limit
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # no warning about no time limit
     rules = NormalizationConfig(malformed_operators=True, boxed="last")
 
     class Parser(_Latex2Sympy):
         def create_parser(self, text: str):
             parser = super().create_parser(text)
-            if self.quick:  # a tree it finds is that of the full mode; else the full mode decides
+            if self.quick:  # a tree found in this mode is the one that the full mode finds
                 parser._interp.predictionMode = PredictionMode.SLL
                 parser._errHandler = BailErrorStrategy()
             return parser
 
-        def parse_number(self, text: str):  # theirs evaluates the text as Python, 1 ms each
+        def parse_number(self, text: str):  # theirs evaluates the text as Python: 1 ms each
             text = text.replace(",", "")
             return sympy.Integer(int(text)) if text.isdigit() else super().parse_number(text)
 
@@ -92,13 +92,13 @@ def _parser() -> Callable[[str], object]:
     return parse
 
 
-@functools.lru_cache(maxsize=4096)  # a group shares its gold answer
+@functools.lru_cache(maxsize=4096)  # the responses to a problem share their gold answer
 def _parse(text: str) -> _Parsed:
-    """An expression as sympy has it; raises nearly anything if it is none."""
+    """Parse an expression. Raises nearly anything if it is not one."""
     import sympy
 
-    text = re.sub(r"(?<![A-Za-z\\])i(?![A-Za-z])", " i ", text)  # else 2i is real and 2 \cdot i not
-    if "_" not in text:  # else the quick mode takes the x^2 of x^2 + 1 for that of x^2_1
+    text = re.sub(r"(?<![A-Za-z\\])i(?![A-Za-z])", " i ", text)  # else 2i is read as real
+    if "_" not in text:  # the quick mode may read the x^2 of x^2 + 1 as the start of x^2_1
         text = re.sub(r"(?<![A-Za-z\\])([a-cf-hj-zA-CF-HJ-Z])(?=\^)", r"{\1}", text)
     tree = exact = _parser()(text)
     if isinstance(tree, sympy.Rel):
@@ -119,15 +119,15 @@ def _parse(text: str) -> _Parsed:
 
 
 def _agree(a: _Parsed, b: _Parsed) -> bool:
-    """Whether two expressions have the same values to 300 digits, as far as they have any.
+    """Whether two expressions have the same values to 300 digits. True if one has no values.
 
-    Two equations or inequalities agree if those of their left - right are proportional.
+    Two equations or inequalities agree if their left - right are proportional.
     """
     import sympy
 
     relations = [isinstance(side.tree, sympy.Rel) for side in (a, b)]
     if all(relations) and not a.exact.free_symbols | b.exact.free_symbols:
-        return False  # 0.56 = 6% is not an equation but a statement
+        return False  # 0.56 = 6% has no variable: it is a statement, not an equation
     if a.values is None or b.values is None or any(relations) and not all(relations):
         return True
     if all(relations):
@@ -135,12 +135,12 @@ def _agree(a: _Parsed, b: _Parsed) -> bool:
         return _close(a0 * b1, a1 * b0)
     pairs = list(zip(a.values, b.values, strict=False))
     if a.exact.free_symbols and not (a.exact.has(sympy.I) or b.exact.has(sympy.I)):
-        pairs = [(u, v) for u, v in pairs if u.is_real and v.is_real]  # both are defined
+        pairs = [(u, v) for u, v in pairs if u.is_real and v.is_real]  # where both are defined
     return all(_close(u, v) for u, v in pairs)
 
 
 def _close(u, v) -> bool:
-    """Equal, exactly if both are fractions, else to 300 digits."""
+    """Whether two values are equal: exactly if both are fractions, else to 300 digits."""
     if u == v:
         return True
     if u.is_Rational and v.is_Rational or not (u.is_finite and v.is_finite):
@@ -149,14 +149,13 @@ def _close(u, v) -> bool:
 
 
 def _same_values(a: _Parsed, b: _Parsed) -> bool:
-    """Whether agreement at the points settles it: both real at the same two or more of them.
+    """Whether equal values at the points prove that two expressions are equal.
 
-    Only for expressions of small numbers, which cannot differ by less than 300 digits show.
+    Both must be real at the same points, two or more, and have only small numbers in them, so that
+    300 digits show every difference. Call it after `_agree`.
     """
     import sympy
 
-    if not (isinstance(a.tree, sympy.Expr) and isinstance(b.tree, sympy.Expr)):
-        return False
     if not (a.values and b.values and len(a.values) == len(b.values)):
         return False
     for side in (a.exact, b.exact):
@@ -172,11 +171,9 @@ def _same_values(a: _Parsed, b: _Parsed) -> bool:
 
 
 def _identical(a: _Parsed, b: _Parsed) -> bool:
-    """Whether expanding proves two expressions equal; a no leaves it open."""
+    """Whether expanding proves two expressions equal. False means unknown."""
     import sympy
 
-    if not (isinstance(a.tree, sympy.Expr) and isinstance(b.tree, sympy.Expr)):
-        return False
     if not all(value.is_finite for value in a.values or (sympy.nan,)):
         return False
     return a.exact == b.exact or sympy.expand(a.exact - b.exact) == 0

@@ -1,11 +1,18 @@
-"""What the grader knows by name: words, units, commands and signs. All else is refused.
+"""Tables of what the grader knows by name: commands, signs, words and units.
 
-Tables only, and `unit`, which reads the words behind a value.
+The grader refuses an answer that contains anything else. `unit` reads the words after a value.
 """
 
 from __future__ import annotations
 
 import re
+
+
+def _by_spelling(table: str) -> dict[str, str]:
+    """Map each spelling to the one that replaces it: the first of its row. `;` ends a row."""
+    rows = [row.split() for row in re.split(r"[;\n]", table) if row.strip()]
+    return {spelling: first for first, *others in rows for spelling in others}
+
 
 # ------------------------------------------------------------------------------------- commands
 
@@ -21,54 +28,23 @@ GREEK = (
 ).split()
 CONSTANTS = {name: name for name in GREEK} | dict.fromkeys(("inf", "infinity", "oo"), "infty")
 
-# Commands that only shape what is printed.
+# Commands that only change the layout.
 SILENT = set(
     r"$ \( \) \[ \] \! \left \right \middle \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \biggl "
     r"\biggr \Biggl \Biggr \displaystyle \textstyle \limits \nolimits \, \; \: \> \  \quad \qquad "
     r"\rm \bf \it \thinspace \enspace ~".split()
 ) | {"\\ "}
-ALIASES = {
-    r"\dfrac": r"\frac",
-    r"\tfrac": r"\frac",
-    r"\cfrac": r"\frac",
-    r"\dbinom": r"\binom",
-    r"\tbinom": r"\binom",
-    r"\leq": r"\le",
-    r"\leqslant": r"\le",
-    r"\geq": r"\ge",
-    r"\geqslant": r"\ge",
-    r"\lt": "<",
-    r"\gt": ">",
-    r"\neq": r"\ne",
-    r"\ast": "*",
-    r"\colon": ":",
-    r"\lbrace": r"\{",
-    r"\rbrace": r"\}",
-    r"\lbrack": "[",
-    r"\rbrack": "]",
-    r"\vert": "|",
-    r"\lvert": "|",
-    r"\rvert": "|",
-    r"\mid": "|",
-    r"\prime": "'",
-    r"\dots": r"\ldots",
-    r"\cdots": r"\ldots",
-    r"\dotsc": r"\ldots",
-    r"\emptyset": r"\varnothing",
-    r"\land": r"\and",
-    r"\wedge": r"\and",
-    r"\lor": r"\or",
-    r"\vee": r"\or",
-    r"\bar": r"\overline",
-    r"\simeq": r"\approx",
-    r"\implies": r"\Rightarrow",
-    r"\varphi": r"\phi",
-    r"\varepsilon": r"\epsilon",
-    r"\R": r"\mathbb{R}",
-    r"\Z": r"\mathbb{Z}",
-    r"\N": r"\mathbb{N}",
-}
-# What the name of a value may be made of: \angle ABC, \overline{AB}, \cos\theta.
+ALIASES = _by_spelling(
+    r"""
+    \frac \dfrac \tfrac \cfrac; \binom \dbinom \tbinom; \overline \bar; \cdot \ast *; % \%
+    \le \leq \leqslant <=; \ge \geq \geqslant >=; \ne \neq !=; < \lt; > \gt; \approx \simeq
+    \{ \lbrace; \} \rbrace; [ \lbrack; ] \rbrack; | \vert \lvert \rvert \mid; : \colon; ' \prime
+    \ldots \dots \cdots \dotsc; \varnothing \emptyset; \phi \varphi; \epsilon \varepsilon
+    \and \land \wedge; \or \lor \vee; \Rightarrow \implies
+    \mathbb{R} \R; \mathbb{Z} \Z; \mathbb{N} \N
+    """
+)
+# Commands that may occur in the name of a value: \angle ABC, \overline{AB}, \cos\theta.
 NAMING = {"\\" + name for name in [*GREEK, *FUNCTIONS.values()]} | set(
     r"\angle \triangle \overline \overrightarrow \vec \hat \widehat \measuredangle \text \frac "
     r"\sqrt \cdot \Delta \Gamma \Omega \Theta \Phi \Sigma \Lambda \det \deg \min \max \gcd".split()
@@ -80,55 +56,16 @@ TEXT_FONTS = set(
 MATH_FONTS = {r"\boldsymbol", r"\bm", r"\mathbf", r"\mathit", r"\underline"}
 MATRICES = {"matrix", "pmatrix", "bmatrix", "smallmatrix", "array"}
 
-# Signs that Unicode's compatibility forms (NFKC) leave as they are.
-SIGNS = {
-    "−": "-",
-    "‐": "-",
-    "‑": "-",
-    "×": r"\times ",
-    "÷": r"\div ",
-    "·": r"\cdot ",
-    "⋅": r"\cdot ",
-    "∙": r"\cdot ",
-    "∗": "*",
-    "∞": r"\infty ",
-    "≤": r"\le ",
-    "≥": r"\ge ",
-    "⩽": r"\le ",
-    "⩾": r"\ge ",
-    "≠": r"\ne ",
-    "∪": r"\cup ",
-    "∩": r"\cap ",
-    "∈": r"\in ",
-    "√": " sqrt ",
-    "°": r"^\circ ",
-    "±": r"\pm ",
-    "∓": r"\mp ",
-    "≈": r"\approx ",
-    "∅": r"\varnothing ",
-    "′": "'",
-    "″": "''",
-    "’": "'",
-    "∧": r"\and ",
-    "∨": r"\or ",
-    "⌊": r"\lfloor ",
-    "⌋": r"\rfloor ",
-    "⌈": r"\lceil ",
-    "⌉": r"\rceil ",
-    "∠": r"\angle ",
-    "∣": "|",
-    "⁄": "/",
-    "∕": "/",
-    "∶": ":",
-    "…": r"\ldots ",
-    "ℝ": r"\mathbb{R}",
-    "ℤ": r"\mathbb{Z}",
-    "ℕ": r"\mathbb{N}",
-    "⟨": r"\langle ",
-    "⟩": r"\rangle ",
-    "→": r"\to ",
-    "º": r"^\circ ",
-}
+# Unicode signs that its compatibility form (NFKC) does not turn into LaTeX.
+SIGNS = _by_spelling(
+    r"""
+    - − ‐ ‑; * ∗; / ⁄ ∕; : ∶; | ∣; ' ′ ’; '' ″; \times ×; \div ÷; \cdot · ⋅ ∙; sqrt √; \pm ±; \mp ∓
+    \le ≤ ⩽; \ge ≥ ⩾; \ne ≠; \approx ≈; \and ∧; \or ∨; \cup ∪; \cap ∩; \in ∈; \varnothing ∅
+    \infty ∞; ^\circ ° º; \angle ∠; \ldots …; \to →; \langle ⟨; \rangle ⟩
+    \lfloor ⌊; \rfloor ⌋; \lceil ⌈; \rceil ⌉; \mathbb{R} ℝ; \mathbb{Z} ℤ; \mathbb{N} ℕ
+    """
+)
+SIGNS = {sign: name if len(name) < 3 else f" {name} " for sign, name in SIGNS.items()}
 
 # ---------------------------------------------------------------------------------------- words
 
@@ -139,27 +76,16 @@ NUMBERS = {
         "fifteen sixteen seventeen eighteen nineteen twenty".split()
     )
 }
-EMPTY = {
-    r"\varnothing",
-    r"\{\}",
-    "no solution",
-    "no solutions",
-    "there is no solution",
-    "there are no solutions",
-    "empty set",
-    "the empty set",
-    "empty",
-}
-REALS = {
-    r"\mathbb{R}",
-    "all real numbers",
-    "all reals",
-    "all real number",
-    "the real numbers",
-    "the set of all real numbers",
-}
+EMPTY = set(
+    r"\varnothing;\{\};no solution;no solutions;there is no solution;there are no solutions;"
+    "empty set;the empty set;empty".split(";")
+)
+REALS = set(
+    r"\mathbb{R};all real numbers;all reals;all real number;the real numbers;"
+    "the set of all real numbers".split(";")
+)
 
-# Unit: its symbols, exactly so, and after a bar its names, in any case and number.
+# A unit's symbols, whose case matters, and behind the bar its names, in any case and number.
 _UNITS = """
 m | meter metre; cm | centimeter centimetre; mm | millimeter millimetre; km | kilometer kilometre
 nm | nanometer nanometre; in | inch inche; ft | foot feet; yd | yard; mi | mile; g | gram
@@ -171,11 +97,11 @@ century | century centurie; deg | degree deg; rad | radian; pct | percent pct; U
 cent | cent; EUR | euro; GBP | ; rupee | rupee; yen | yen; peso | peso; franc | franc; N | newton
 kN | kilonewton; J | joule; kJ | kilojoule; W | watt; kW | kilowatt; V | volt; A | ampere amp
 ohm | ohm; Pa | pascal; kPa | kilopascal; Hz | hertz; kHz | kilohertz; K | kelvin; C | celsius
-F | fahrenheit; mol | mole; cal | calorie; C | coulomb; unit | unit; B | byte; bit | bit
+F | fahrenheit; mol | mole; cal | calorie; coulomb | coulomb; unit | unit; B | byte; bit | bit
 eV | ; knot | knot; erg | erg; mph | ; kph kmh |
 """
 _COMPOUND = {"mph": {"mi": 1, "h": -1}, "kph": {"km": 1, "h": -1}}
-# What is counted. Not in it: what counts several (pair, dozen, half), and "times".
+# Things that are counted. Words that stand for several (pair, dozen, half) and "times" are not.
 _NOUNS = """
 way choice outcome possibilitie arrangement permutation combination selection path route value
 solution root zero zeroe factor divisor multiple digit number integer prime term coefficient element
@@ -201,7 +127,7 @@ _ADJECTIVES = set(
 )
 RANKED = set("grade day week month year floor row place term person student".split())
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
-# Units of two letters that are read without \text{}; `5ms` may be a product.
+# Two-letter units that count as units without \text{}. Others may be a product, as in `5ms`.
 _BARE = {"cm", "mm", "km", "kg", "mg", "ml", "mL", "ft", "in", "mi", "lb", "oz", "hr"}
 
 _SYMBOLS: dict[str, str] = {}
@@ -211,7 +137,7 @@ for _entry in re.split(r"[;\n]", _UNITS.strip()):
     for _word in _symbols.split():
         _SYMBOLS.setdefault(_word, _symbols.split()[0])
     for _word in _names.split():
-        _WORDS[_word] = _WORDS[_word + "s"] = _symbols.split()[0] + "_C" * (_word == "coulomb")
+        _WORDS[_word] = _WORDS[_word + "s"] = _symbols.split()[0]
 _COUNTED = {_word + "s": _word for _word in _NOUNS.split()}
 _COUNTED |= {_word: _word for _word in "children men women people dice fish sheep mice".split()}
 _COUNTED |= {"bacteria": "bacteria", "vertices": "vertex", "feet": "ft"}
@@ -219,11 +145,12 @@ UNIT_LETTERS = {word for word in _SYMBOLS if len(word) == 1}
 
 
 def unit(text: str, bare: bool = False, one: bool = False) -> tuple | None:
-    r"""The unit that `cm^{2}`, `square cm`, `m/s` or `ways` names, as (name, power) pairs.
+    r"""The unit written as `cm^{2}`, `square cm`, `m/s` or `ways`, as (name, power) pairs.
 
-    `text` stands behind a value, spelt, without `\text{}`. Where it was `bare` of it, units of two
-    letters must be common ones, as `5ms` may be a product. What is counted is in the plural, or
-    behind `one`: `5 square` is no number of squares. None where a word is not known.
+    text: the words after a value, normalised, without `\text{}`. bare: whether they stood outside
+    `\text{}`, where only common two-letter units count. one: whether the value is 1, after which a
+    counted thing may be in the singular (`5 square` does not mean five squares). Returns None if a
+    word is unknown.
     """
     powers: dict[str, int] = {}
     sign, power, last = 1, 1, None

@@ -1,11 +1,11 @@
-"""Grade a batch: each text's last box against its gold answer, in processes that can be killed.
+"""Grade batches in worker processes that can be killed. The rule is in grading/answers.py.
 
-The rule is answers.py's. `Grader` answers most rows in the calling process (equal spellings, plain
-numbers, cache) and sends the rest to workers; `correct` takes texts instead of answers. No text
-that a model can write holds the caller for more than some milliseconds (tools/fuzz_grader.py).
+`Grader` settles most rows in the calling process (equal spellings, plain numbers, cache) and sends
+the rest to workers. `correct` grades whole texts by their last box. No text of a model holds up the
+caller for more than a few milliseconds (measured by tools/fuzz_grader.py).
 
-Workers are Python processes of their own that speak JSON lines over pipes, so grading depends
-neither on the caller's main module nor on its threads. POSIX only (fork, interval timers).
+A worker is a separate Python process that exchanges JSON lines over pipes, so grading works on any
+thread and does not import the caller's main module. POSIX only (fork, interval timers).
 """
 
 from __future__ import annotations
@@ -34,20 +34,21 @@ WORKER_BYTES = 1 << 30  # address space of a worker
 
 
 class _Gone(RuntimeError):
-    """A worker process that is there no more."""
+    """A worker process has died or could not be started."""
 
 
 class _Worker:
-    """One worker process, started when made; its methods raise _Gone if it dies."""
+    """One worker process, started by the constructor. Its methods raise _Gone if it has died."""
 
     def __init__(self, timeout: float) -> None:
-        self.patience = 10 * timeout + 10  # wall clock; its own limit is in processor time
-        # Our folder goes last on the path: no file of a fork may shadow what sympy imports.
+        self.patience = 10 * timeout + 10  # seconds of wall clock; `timeout` is processor time
+        # Our folder goes last on the path, so that no file in it hides a module sympy imports.
         folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         code = f"import sys; sys.path.append({folder!r})\n"
         code += f"from grading import workers; workers.work({timeout})"
         command = [sys.executable, "-P", "-c", code]
-        pipe = subprocess.PIPE  # a session of its own: Ctrl-C belongs to the parent
+        pipe = subprocess.PIPE
+        # A separate session, so that Ctrl-C reaches only the parent.
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
         try:
             self._read(seconds=120)
@@ -63,7 +64,7 @@ class _Worker:
         return reply
 
     def ask(self, answer: str, gold: str) -> str:
-        """true, false, timeout or crash."""
+        """The worker's reply: true, false, timeout or crash."""
         try:
             self.process.stdin.write(json.dumps([answer, gold]).encode() + b"\n")
             self.process.stdin.flush()
@@ -82,12 +83,12 @@ class _Worker:
 
 
 class Grader:
-    """Grades batches in worker processes that are started when first needed.
+    """Grades batches in worker processes, which are started when first needed.
 
-    An answer that takes more than `timeout` seconds of processor time, whatever else the machine
-    does, costs its process its life and is wrong; `timeouts` counts those, `errors` the processes
-    that died otherwise (memory, a kill from outside). Verdicts are kept, false ones included.
-    Any thread may call `grade`; calls take turns. Use `close` or `with` to end the workers.
+    An answer that uses more than `timeout` seconds of processor time is wrong, and its process is
+    killed. `timeouts` counts these answers. `errors` counts processes that died for another reason
+    (out of memory, killed from outside). All verdicts are cached. Any thread may call `grade`;
+    calls take turns. End the workers with `close` or a `with` block.
     """
 
     def __init__(self, workers: int = 2, timeout: float = 1.0) -> None:
@@ -99,13 +100,13 @@ class Grader:
         atexit.register(self.close)
 
     def grade(self, answers: list[str | None], golds: list[str]) -> list[bool]:
-        """Whether answers[i] is golds[i], by the rule of `is_equiv`; None is wrong.
+        """Whether answers[i] equals golds[i] by `is_equiv`. An answer of None is wrong.
 
-        Raises RuntimeError where no worker can be started.
+        Raises RuntimeError if no worker can be started.
         """
         with self._lock:
             verdicts: list[bool | None] = []
-            slow: dict[tuple[str, str], list[int]] = {}  # each pair is asked once
+            slow: dict[tuple[str, str], list[int]] = {}  # pair -> its rows; each pair is sent once
             for row, pair in enumerate(zip(answers, golds, strict=True)):
                 verdict = self._cache.get(pair)
                 if verdict is None:
@@ -124,13 +125,13 @@ class Grader:
             return verdicts
 
     def _keep(self, pair: tuple[str | None, str], verdict: bool) -> None:
-        if max(len(text or "") for text in pair) <= MAX_CHARS:  # no megabytes
+        if max(len(text or "") for text in pair) <= MAX_CHARS:  # longer ones fill memory
             if len(self._cache) >= CACHE_SIZE:
                 del self._cache[next(iter(self._cache))]  # the oldest
             self._cache[pair] = verdict
 
     def _ask_all(self, pairs: list[tuple[str, str]]) -> list[list[str]]:
-        """Of each pair what the workers say, more than one thing where a worker died under it."""
+        """The replies to each pair: one, or two if the first worker died."""
         idle = queue.SimpleQueue()
         for slot in range(len(self._workers)):
             idle.put(slot)
@@ -143,7 +144,7 @@ class Grader:
                         replies.append(self._started(slot).ask(*pair))
                     except _Gone:
                         if self._workers[slot] is None and replies:
-                            raise  # twice in a row it could not even be started
+                            raise  # the worker could not be started twice in a row
                         self._stop(slot)
                         replies.append("crash")
                 return replies
@@ -163,12 +164,12 @@ class Grader:
             worker.stop()
 
     def warm_up(self) -> None:
-        """Start the workers now (a second or two) and not under the first batch."""
+        """Start the workers now, which takes a second or two, instead of during the first batch."""
         with self._lock, ThreadPoolExecutor(len(self._workers)) as threads:
             list(threads.map(self._started, range(len(self._workers))))
 
     def close(self) -> None:
-        """End the workers; a later `grade` starts new ones."""
+        """End the workers. A later `grade` starts new ones."""
         with self._lock:
             for slot in range(len(self._workers)):
                 self._stop(slot)
@@ -182,7 +183,7 @@ class Grader:
 
 @functools.cache
 def grader() -> Grader:
-    """The process-wide Grader, made when first asked for; it has the counts."""
+    """The Grader of this process, made at the first call."""
     return Grader()
 
 
@@ -190,28 +191,28 @@ _process_grader = grader
 
 
 def correct(texts: list[str], golds: list[str], grader: Grader | None = None) -> list[bool]:
-    """Whether the last box of texts[i] holds golds[i]; by the process-wide Grader if none given."""
+    """Whether the last box of texts[i] equals golds[i]. Default grader: that of this process."""
     return (grader or _process_grader()).grade([last_boxed(text) for text in texts], golds)
 
 
 def clusters(
     answers: list[str | None], groups: list[int], grader: Grader | None = None
 ) -> list[int]:
-    """Of each row the first row (an index in the batch) of its cluster; -1 without an answer.
+    """For each row, return the batch index of the first row of its cluster.
 
-    Rows of one group are in one cluster if their answers are equivalent, whichever of the two is
-    taken for the gold one. Equivalence is not quite transitive (50% is 50 and 0.5, which differ),
-    so the order of rows decides: an answer joins the first cluster whose first row it equals.
+    A row without an answer gets -1. Two rows of a group belong together if `is_equiv` accepts one
+    answer for the other. This is not quite transitive: 50% equals both 50 and 0.5, which differ. So
+    the order of rows decides: an answer joins the first cluster whose first row it equals.
     """
-    first: dict[tuple[int, str], int] = {}  # equal strings need no grader
-    cluster, pending = [], {}  # of each group the first rows not in a cluster yet
+    first: dict[tuple[int, str], int] = {}  # equal spellings need no grader
+    cluster, pending = [], {}  # pending: group -> first rows that are not yet in a cluster
     for row, (answer, group) in enumerate(zip(answers, groups, strict=True)):
         answer = (answer or "").strip()
         spelling = normalize(answer) if len(answer) <= MAX_CHARS else answer
         cluster.append(first.setdefault((group, spelling), row) if spelling else -1)
         if cluster[-1] == row:
             pending.setdefault(group, []).append(row)
-    while pending:  # a round: in every group at once, the next cluster takes what belongs to it
+    while pending:  # each round completes the next cluster of every group
         pairs = [(row, rows[0]) for rows in pending.values() for row in rows[1:]]
         here, heads = [answers[row] for row, _ in pairs], [answers[head] for _, head in pairs]
         verdicts = (grader or _process_grader()).grade(here + heads, heads + here)
@@ -222,9 +223,9 @@ def clusters(
     return [row if row < 0 else cluster[row] for row in cluster]
 
 
-# --------------------------------------------------------------------------- the worker's own side
+# ------------------------------------------------------------------------ inside a worker process
 
-# Compared once before the first fork: imports, and the parser's tables, take most of a second.
+# Compared once before the first fork, because imports and the parser's tables take a second.
 _WARM = [
     (r"\frac{\sqrt{3}}{3}", r"1/\sqrt{3}"),
     (r"x^2 - 2x + 1", r"(x-1)^2"),
@@ -238,7 +239,7 @@ _WARM = [
 
 
 def work(timeout: float) -> None:
-    """Serve stdin through a forked child; the child that dies of a pair is replaced at once."""
+    """Compare the pairs on stdin in a forked child; one that dies is replaced for the next pair."""
     with contextlib.suppress(BrokenPipeError):  # the parent is gone
         _serve(timeout)
 
@@ -268,7 +269,7 @@ def _serve(timeout: float) -> None:
             status = os.waitpid(pid, 0)[1]
             pid, reply = 0, "timeout" if os.WTERMSIG(status) == signal.SIGPROF else "crash"
         print(reply, flush=True)
-    if pid:  # stdin is at its end: the child sees its own end and leaves
+    if pid:  # stdin has ended: closing the channel ends the child
         channel.close()
         os.waitpid(pid, 0)
 
@@ -281,7 +282,7 @@ def _fork(timeout: float) -> tuple[int, io.TextIOWrapper]:
     ours.close()
     channel = theirs.makefile("rw")
     for line in channel:
-        signal.setitimer(signal.ITIMER_PROF, timeout)  # its signal kills, also inside C code
+        signal.setitimer(signal.ITIMER_PROF, timeout)  # its signal kills, even within C code
         verdict = is_equiv(*json.loads(line))
         signal.setitimer(signal.ITIMER_PROF, 0)
         channel.write("true\n" if verdict else "false\n")

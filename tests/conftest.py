@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a hub
-torch.set_num_threads(1)  # small tensors: a second thread costs more than it brings
+torch.set_num_threads(1)  # with small tensors a second thread costs more than it saves
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def shared():
-    """The folder of reference material beside the checkout, or a skip that says so."""
+    """The folder of reference material beside the checkout. Skips the test if there is none."""
     if not SHARED.exists():
         pytest.skip("needs ../shared, which is not here")
     return SHARED
@@ -54,7 +54,7 @@ def small_config(family: str, **changes):
 
 @pytest.fixture(scope="session")
 def model_folders(tmp_path_factory):
-    """Folders of random models by family; weights large enough for logits that differ."""
+    """Family -> folder of a random model, with weights large enough to spread the logits."""
     from transformers import AutoModelForCausalLM
 
     folders = {}
@@ -68,7 +68,7 @@ def model_folders(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_random(tmp_path_factory):
-    """The tiny world with an untrained base model: its format and its data, in no time."""
+    """The tiny world with an untrained base model, which is built in no time."""
     from tasks import tiny
 
     folder = tmp_path_factory.mktemp("tiny") / "world"
@@ -76,8 +76,47 @@ def tiny_random(tmp_path_factory):
     return str(folder)
 
 
+def run_config(world: str, folder, **changes):
+    """Settings of a run of 32 rollouts per step on the untrained tiny world, with `changes`."""
+    from settings import Config
+
+    values = dict(
+        model=world,
+        quant="none",
+        lora_r=4,
+        lora_alpha=8,
+        gradient_checkpointing=False,
+        train_data=world,
+        eval_data=world,
+        prompt="none",
+        max_prompt_tokens=32,
+        max_new_tokens=12,
+        reward="random(0.5)",
+        steps=2,
+        prompts_per_step=4,
+        group_size=8,
+        micro_batch_tokens=200,
+        lr=1e-2,
+        eval_every=0,
+        eval_n=10,
+        save_every=0,
+        device="cpu",
+        dtype="float32",
+        out_dir=str(folder),
+    )
+    return Config(**values | changes)
+
+
+TIMINGS = ("seconds", "tokens_per_s", "peak_memory")
+
+
+def comparable(history: list[dict]) -> list[dict]:
+    """The metrics of a run without those that differ between equal runs."""
+    return [{k: v for k, v in m.items() if not k.startswith(TIMINGS)} for m in history]
+
+
 def made_up(chat_template: str | None, *special: str):
-    """A tokenizer of one token a character, with special tokens and a chat template or None."""
+    """A tokenizer with one token per character, special tokens, and a chat template or None."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -96,7 +135,7 @@ def made_up(chat_template: str | None, *special: str):
 
 
 def write_state(folder: Path, steps_done: int) -> None:
-    """What a run's checkpoint and its adapter say of themselves, without their weights."""
+    """Write the records of a run's checkpoint and adapter, without their weights."""
     (folder / "adapter").mkdir(exist_ok=True)
     (folder / "adapter" / "nanorlvr.json").write_text(json.dumps({"steps_done": steps_done}))
     metadata = {"steps_done": str(steps_done)}

@@ -38,11 +38,11 @@ INDEXING = {"index", "index_put_", "index_put", "_index_put_impl_", "_unsafe_ind
 
 
 class Refused(RuntimeError):
-    """What a GPU, or a capture on one, would not do."""
+    """The code does something that a GPU, or a capture on one, does not allow."""
 
 
 class Pretended:
-    """The device: what is on it, and what it was asked for."""
+    """The pretended device: which tensors are on it, and what it was asked to do."""
 
     def __init__(self):
         self.storages: set[int] = set()
@@ -68,7 +68,7 @@ class Pretended:
 
 
 def _caller() -> str:
-    """file:function of ours, the innermost."""
+    """The innermost function of this project on the stack, as file:function."""
     frame = sys._getframe(1)
     while frame:
         file = frame.f_code.co_filename
@@ -79,7 +79,7 @@ def _caller() -> str:
 
 
 class _Operators(TorchDispatchMode):
-    """Refuses mixed devices, counts waits, and hands tags on to results."""
+    """Refuses mixed devices, counts waits, and passes tags on to results."""
 
     def __init__(self, gpu: Pretended):
         super().__init__()
@@ -188,7 +188,7 @@ class _Functions(TorchFunctionMode):
 
 
 class Capture:
-    """Stands for a CUDA graph: the step, run under a capture's rules at each replay."""
+    """Replaces a CUDA graph: runs the step at each replay, under the rules of a capture."""
 
     def __init__(self, gpu: Pretended):
         self.gpu, self.captured, self.replayed = gpu, 0, 0
@@ -237,14 +237,14 @@ def put(gpu: Pretended, model: torch.nn.Module) -> torch.nn.Module:
 
 @contextmanager
 def pretended() -> Iterator[Pretended]:
-    """Inside, one GPU is there."""
+    """Within this context, the machine seems to have one GPU."""
     gpu = Pretended()
     with ExitStack() as stack:
         patch = lambda *a: stack.enter_context(mock.patch.object(*a))  # noqa: E731
         patch(torch.cuda, "mem_get_info", lambda d=None: (24 * 10**9, 24 * 10**9))
         patch(torch.cuda, "memory_reserved", lambda d=None: 0)
         patch(torch.utils.checkpoint, "_infer_device_type", lambda *a: "cpu")
-        # Checkpointing compares devices, and in backward nobody pretends.
+        # Checkpointing compares devices, and in the backward pass the modes are not active.
         checks = torch.utils.checkpoint._allowed_determinism_checks_to_fns
         stack.enter_context(mock.patch.dict(checks, {"default": lambda x: (x.shape, x.dtype)}))
         stack.enter_context(_Operators(gpu))

@@ -1,4 +1,4 @@
-"""What a correct answer is belongs to the data set."""
+"""The data set decides what a correct answer is."""
 
 import json
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from tasks.datasets import load_problems
 
 
 def test_a_data_set_may_have_answers_of_its_own(monkeypatch):
-    """One kind added, and every reward that compares answers follows it."""
+    """After adding a kind of answer, every reward that compares answers uses it."""
     kind = answers.Kind(
         find=lambda text: text.split()[-1] if text else None,
         right=lambda texts, golds: [t.endswith(g) for t, g in zip(texts, golds, strict=True)],

@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass
-class Knobs:
-    """Knobs for these tests.
+class Settings:
+    """Settings for these tests.
 
     This paragraph is not printed.
     """
@@ -41,7 +41,7 @@ class Knobs:
     seeds: tuple[int, ...] = (1,)
     k: Literal[1, 2] = 1
 
-    def check(self) -> None:  # not a knob
+    def check(self) -> None:  # not a setting
         pass
 
 
@@ -62,7 +62,7 @@ def write(tmp_path, monkeypatch):
 
 def refused(*argv: str) -> str:
     with pytest.raises(UserError) as caught:
-        configure(Knobs, list(argv))
+        configure(Settings, list(argv))
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -74,7 +74,7 @@ def test_precedence_does_not_depend_on_the_order_typed(write):
     write("config/two.py", "lr = 3.0\nsteps = 3")
     argv = ["config/model/big.py", "config/one.py", "config/two.py", "--lr=4"]
     for order in itertools.permutations(argv):
-        cfg, sources = configure(Knobs, list(order))
+        cfg, sources = configure(Settings, list(order))
         files = [a for a in order if a in argv[1:3]]
         assert cfg.lr == 4 and cfg.model == "big" and cfg.clip_low == 0.2 and cfg.clip_high == 0.2
         assert cfg.steps == (3 if files[-1].endswith("two.py") else 2)  # later of the experiments
@@ -94,15 +94,15 @@ def test_default_scale_lies_under_everything_named_and_only_where_none_is(write)
         seen.append(values)
         return "config/model/small.py", "no GPU here"
 
-    cfg, sources = configure(Knobs, ["config/one.py", "--fast=True"], choose)
+    cfg, sources = configure(Settings, ["config/one.py", "--fast=True"], choose)
     assert (cfg.lr, cfg.steps, cfg.fast) == (2.0, 1, True)
     assert seen == [{"lr": 2.0, "fast": True}]
     assert (sources.scale, sources.reason) == ("small", "no GPU here")
 
-    cfg, sources = configure(Knobs, ["--lr=5"], lambda values: ({"lr": 3, "steps": 4}, "why"))
+    cfg, sources = configure(Settings, ["--lr=5"], lambda values: ({"lr": 3, "steps": 4}, "why"))
     assert (cfg.lr, cfg.steps, sources.scale, sources.reason) == (5.0, 4, "", "why")
 
-    _, sources = configure(Knobs, ["config/model/small.py"], choose)
+    _, sources = configure(Settings, ["config/model/small.py"], choose)
     assert len(seen) == 1 and sources.reason == ""
 
 
@@ -118,12 +118,12 @@ def test_files_are_found_from_any_folder_and_the_working_folder_comes_first(writ
     write("config/one.py", "steps = 7")
     write("away/here.txt", "")
     monkeypatch.chdir("away")
-    assert configure(Knobs, ["config/one.py"])[0].steps == 7
+    assert configure(Settings, ["config/one.py"])[0].steps == 7
     write("away/config/one.py", "steps = 8")
-    assert configure(Knobs, ["config/one.py"])[0].steps == 8
+    assert configure(Settings, ["config/one.py"])[0].steps == 8
     write("away/model/m.py", "steps = 9")
     monkeypatch.chdir("model")
-    assert configure(Knobs, ["m.py"])[1].scale == "m"  # its folder counts, not what was typed
+    assert configure(Settings, ["m.py"])[1].scale == "m"  # its folder counts, not what was typed
 
 
 def test_missing_file_names_the_nearest(write):
@@ -178,8 +178,10 @@ def test_what_a_config_file_may_hold(write):
         "seeds = (1, 2_000, 3e3)\n"
         "arm = 'none'\nfast = True\ncap = None\nnote = 'a' 'b'\n",
     )
-    cfg, _ = configure(Knobs, [name])
-    assert cfg == Knobs(-2e-3, 65536, (0.5, 1.0), arm="none", fast=True, note="ab", seeds=cfg.seeds)
+    cfg, _ = configure(Settings, [name])
+    assert cfg == Settings(
+        -2e-3, 65536, (0.5, 1.0), arm="none", fast=True, note="ab", seeds=cfg.seeds
+    )
     assert cfg.seeds == (1, 2000, 3000) and all(type(seed) is int for seed in cfg.seeds)
     assert type(cfg.betas[1]) is float
 
@@ -188,13 +190,13 @@ def test_a_base_file_is_read_first(write):
     write("config/study/grandparent.py", "lr = 1.0\nsteps = 1\nmodel = 'g'")
     write("config/study/parent.py", "base = 'grandparent.py'\nlr = 2.0\nsteps = 2")
     name = write("config/study/child.py", "lr = 3.0\nbase = 'parent.py'")
-    cfg, sources = configure(Knobs, [name])
+    cfg, sources = configure(Settings, [name])
     assert (cfg.lr, cfg.steps, cfg.model) == (3.0, 2, "g")
     assert sources.given == {"lr": 3.0, "steps": 2, "model": "g"}
     assert sources.origin["steps"] == name
     write("config/model/big.py", "steps = 9\nclip_low = 0.1")
     scale = write("config/model/bigger.py", "base = 'big.py'\nsteps = 10")
-    cfg, _ = configure(Knobs, [scale, name])
+    cfg, _ = configure(Settings, [scale, name])
     assert (cfg.steps, cfg.clip_low) == (2, 0.1)
 
 
@@ -262,7 +264,7 @@ def test_how_to_write_an_option():
 )
 def test_command_line_values(argument, expected):
     key = argument[2:].partition("=")[0]
-    value = getattr(configure(Knobs, [argument])[0], key)
+    value = getattr(configure(Settings, [argument])[0], key)
     assert value == expected and type(value) is type(expected)
 
 
@@ -322,29 +324,29 @@ def test_unreadable_files_are_named(write, tmp_path):
     write("null.py", "lr = 1\x00")
     assert refused("null.py").startswith("null.py")
     write("bom.py", "\ufefflr = 1")
-    assert configure(Knobs, ["bom.py"])[0].lr == 1
+    assert configure(Settings, ["bom.py"])[0].lr == 1
 
 
 def test_format_config_is_a_config_file_again(write):
     argv = ["--betas=0.1,0.2", "--cap=none", "--model=a'b # \"c", "--steps=1e3"]
-    cfg, sources = configure(Knobs, argv)
+    cfg, sources = configure(Settings, argv)
     text = format_config(cfg, sources)
-    again, _ = configure(Knobs, [write("saved.py", text)])
+    again, _ = configure(Settings, [write("saved.py", text)])
     assert again == cfg
     lines = {line.split()[0]: line for line in text.splitlines()}
     assert lines["steps"].endswith("# command line") and "#" not in lines["lr"]
     assert len({line.index(" = ") for line in lines.values()}) == 1  # aligned
 
 
-def test_help_prints_every_knob_with_its_comment(capsys):
+def test_help_prints_every_setting_with_its_comment(capsys):
     for flag in ("--help", "-h"):
         with pytest.raises(SystemExit) as caught:
-            configure(Knobs, ["--lr", flag])
+            configure(Settings, ["--lr", flag])
         assert caught.value.code == 0
     lines = capsys.readouterr().out.split("usage:")[1].splitlines()
-    assert "Knobs for these tests." in lines and "not printed" not in " ".join(lines)
+    assert "Settings for these tests." in lines and "not printed" not in " ".join(lines)
     by_key = {line.split("=")[0].strip(): line for line in lines if line.startswith("  --")}
-    assert [key[2:] for key in by_key] == list(Knobs.__dataclass_fields__)
+    assert [key[2:] for key in by_key] == list(Settings.__dataclass_fields__)
     assert by_key["--lr"].split() == ["--lr=1e-05", "(float)", "step", "size,", "AdamW"]
     assert by_key["--steps"].endswith("optimiser steps # at most")
     assert by_key["--betas"].split() == ["--betas=0.9,0.95", "(float,float)"]

@@ -1,9 +1,10 @@
-"""What only CUDA can show: `make test-gpu`. Skipped elsewhere."""
+"""Tests that need CUDA: `make test-gpu`. They are skipped elsewhere."""
 
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import run_config
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from decoding.slots import DecodeSetup
@@ -11,7 +12,6 @@ from engine import TRAIN_NOISE, generate
 from harness.loading import load_model
 from lora import add_lora, merged, trainable
 from model import token_stats
-from settings import Config
 from tasks import tiny
 from train import train
 
@@ -38,7 +38,7 @@ def test_greedy_equals_generate_on_the_gpu(model_folders):
 
 @pytest.mark.filterwarnings("error:decoding goes on without")
 def test_a_captured_step_stays_valid_as_weights_change(model_folders):
-    """Graphs of the first rollout, replayed after each update, sample what eager steps sample."""
+    """Graphs captured in the first rollout still sample like eager steps after updates."""
     model = load_model(model_folders["llama"], device="cuda")
     add_lora(model, 4, 8)
     call = ([[5, 6, 7, 8, 9], [12, 13], [20]], 8, 60, [3], (TRAIN_NOISE, 0, 0))
@@ -73,24 +73,17 @@ def test_sampler_and_scores_agree_on_the_gpu(model_folders):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 def test_with_lr_0_every_ratio_is_exactly_1_on_the_gpu(tiny_random, tmp_path, dtype, quant):
-    cfg = Config(
-        model=tiny_random,
+    cfg = run_config(
+        tiny_random,
+        tmp_path / "run",
         quant=quant,
-        train_data=tiny_random,
-        eval_data=tiny_random,
-        prompt="none",
-        max_prompt_tokens=32,
+        gradient_checkpointing=True,
         max_new_tokens=40,
-        reward="random(0.5)",
-        steps=2,
         prompts_per_step=8,
-        group_size=8,
         micro_batch_tokens=400,
         lr=0.0,
-        eval_every=0,
         device="cuda",
         dtype=dtype,
-        out_dir=str(tmp_path / "run"),
     )
     for m in train(cfg):
         assert m["ratio_mean"] == 1 and m["ratio_max"] == 1
@@ -122,24 +115,22 @@ def test_a_step_of_the_1_5b_shape_in_nf4(tiny_random, tmp_path):
     del model
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    cfg = Config(
+    cfg = run_config(
+        tiny_random,
+        tmp_path / "run",
         model=str(folder),
         quant="nf4",
-        train_data=tiny_random,
-        eval_data=tiny_random,
-        prompt="none",
+        lora_r=32,
+        lora_alpha=64,
+        gradient_checkpointing=True,
         max_prompt_tokens=512,
         max_new_tokens=1024,
-        reward="random(0.5)",
         steps=1,
-        prompts_per_step=4,
-        group_size=8,
         micro_batch_tokens=8192,
         rollout_rows=32,
-        eval_every=0,
+        lr=1e-5,
         device="cuda",
         dtype="bfloat16",
-        out_dir=str(tmp_path / "run"),
     )
     (m,) = train(cfg)
     print(

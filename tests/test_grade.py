@@ -1,4 +1,4 @@
-"""The grader: what it finds, what it accepts, and what it survives."""
+"""The grader: finding answers, right and wrong pairs, hostile answers, and worker processes."""
 
 import json
 import math
@@ -217,7 +217,7 @@ def test_refuses(answer, gold):
     assert not is_equiv(answer, gold)
 
 
-# By kind: what a marker would not accept, though the parser drops what tells it from the gold one.
+# Wrong answers by kind. The parser drops what makes them differ from the gold answer.
 NEAR_MISSES = [
     (r"5^{\text{th}}\text{ root}", "5"),
     (r"\text{acb}", r"\text{abc}"),
@@ -228,7 +228,7 @@ NEAR_MISSES = [
     (r"BA+CD", r"AB+CD"),
     (r"3AC\cdot BD", r"3AB\cdot CD"),
     (r"Nn+n", r"n^2+n"),
-    # a word that is no unit
+    # a word that is not a unit
     (r"5\text{ less one}", r"5"),
     (r"5\text{th root}", r"5"),
     (r"3\text{ lakh}", r"3"),
@@ -245,10 +245,10 @@ NEAR_MISSES = [
     (r"50 pct", r"51"),
     (r"5\text{ m}", r"5\text{ cm}"),
     (r"5 km", r"5\text{ m/s}"),
-    # and for or
+    # `and` instead of `or`
     (r"x<1 \text{ and } x>2", r"x<1 \text{ or } x>2"),
     (r"x>2 \text{ or } x<5", r"(2,5)"),
-    # a mark
+    # an extra mark
     (r"f'(x)", r"f(x)"),
     (r"75'", r"75^\circ"),
     (r"A'B'", r"AB"),
@@ -263,7 +263,7 @@ NEAR_MISSES = [
     (r"\frac{1}{6}", r"1:2:3"),
     (r"1:6", r"1:2:3"),
     (r"2:3:4", r"2:3:5"),
-    # names
+    # another name, or a name that is not the value
     (r"(y,x)=(2,4)", r"(2,4)"),
     (r"\sqrt{x}=3", r"3"),
     (r"x=-2,y=8", r"(8,-2)"),
@@ -292,6 +292,18 @@ NEAR_MISSES = [
     (r"\ne 5", r"5"),
     (r"7\frac{4}{3}", r"25/3"),
     (r"5…", r"5"),
+    (r"x=5 \text{ or } y=6", r"5,6"),
+    (r"x+y<1 \text{ and } x>2", r"x+y<1 \text{ or } x>2"),
+    (r"x=3=5", r"x=5"),
+    (r"1<x>0", r"x>1"),
+    (r"x>2 \text{ and } y<5", r"(2,5)"),
+    (r"\mathbf i+3", r"\begin{pmatrix}1\\3\end{pmatrix}"),
+    (r"\mathbf i+2\mathbf j+3\mathbf k", r"(1,2)"),
+    (r"0:2:3", r"0:4:9"),
+    (r"5'", r"5''"),
+    (r"\text{max: }1, \text{min: }3", r"1,3"),
+    (r"\text{max: }1, \text{min: }3", r"\text{min: }1, \text{max: }3"),
+    (r"y\in(2,\infty)", r"x>2"),
     (r"\tilde{5}", r"5"),
     (r"5\pmod 7", r"5"),
     (r"\|5\|", r"5"),
@@ -337,6 +349,8 @@ WRITTEN_OTHERWISE = [
     (r"\emph{Evelyn}", r"\text{Evelyn}"),
     (r"\text{two}", r"2"),
     (r"\text{min: }1, \text{max: }3", r"1,3"),
+    (r"\text{max: }3, \text{min: }1", r"\text{min: }1, \text{max: }3"),
+    (r"x=10/2=5", r"x=5"),
     (r"f(x)=1\text{ for all }x", r"f(x)=1"),
     (r"f(x)=1\text{ for all }x", r"1"),
     (r"f(z)=z", r"f(x)=x"),
@@ -349,6 +363,15 @@ WRITTEN_OTHERWISE = [
     (r"x=8, y=-2", r"(8,-2)"),
     (r"a+b=42", r"42"),
     (r"-2\le x\le 7", r"x\in[-2,7]"),
+    (r"(2,\infty)", r"x>2"),
+    (r"x>2 \text{ and } x<5", r"(2,5)"),
+    (r"x>2 \text{ and } x<5", r"2<x<5"),
+    (r"3 1/2", r"3.5"),
+    (r"x<=3", r"x\le 3"),
+    (r"abs(x-1)", r"|x-1|"),
+    (r"30\degree", r"30"),
+    (r"5 different ways", r"5"),
+    (r"\mathbf i+2\mathbf j", r"(1,2)"),
     (r"x<2 \text{ or } x>3", r"(-\infty,2)\cup(3,\infty)"),
     (r"(x,y)=(2,4)", r"(2,4)"),
     (r"2:4:6", r"1:2:3"),
@@ -399,7 +422,7 @@ def test_refuses_near_misses(answer, gold):
 
 
 def near_misses(rng: random.Random) -> list[tuple[str, str]]:
-    """Wrong by construction: the gold answer with something added or moved that changes it."""
+    """Wrong answers: the gold answer with something added or moved that changes its meaning."""
     pairs = []
     changes = "less one;th root;lakh;recurring;crore;squared;gross;score;pairs;dozen;million;short;"
     changes += "repeating;times;or so;at most;mod 7;in base 6;remaining over;cubed;factorial"
@@ -440,7 +463,7 @@ def test_no_generated_near_miss_is_accepted(grader):
 
 @pytest.mark.slow
 def test_choice_letters_are_answers_like_any_other(grader):
-    """No label, A to D or other, switches on another rule; a letter in prose is no answer."""
+    """No letter, A to D or other, has a rule of its own. A letter in prose is not an answer."""
     for gold in ("A", "C", "E", "x"):
         for form in ("%s", "(%s)", r"\text{%s}", r"\text{(%s)}", r"\mathrm{%s}", "$%s$", "%s."):
             assert is_equiv(form % gold, gold) and is_equiv(gold, form % gold), form
@@ -469,7 +492,7 @@ CHAIN = (
     [CHAIN + r"\cdot\overrightarrow{IJ}+1=3", "9^{9999}/7^{9999}," * 27 + "1", "1," * 249 + "1"],
 )
 def test_hard_answers_do_not_hold_the_caller(answer, grader):
-    """Whatever takes time does so in a worker, which can be killed; the caller waits for it."""
+    """Slow comparisons run in a worker, which can be killed, and not in the caller."""
     started = time.thread_time()
     answers.quick_verdict(answer, "4")
     assert time.thread_time() - started < 0.05
@@ -477,7 +500,7 @@ def test_hard_answers_do_not_hold_the_caller(answer, grader):
 
 
 def test_no_answer_holds_the_caller():
-    """20 ms at most, when this was written; any backtracking takes seconds."""
+    """It took 20 ms at most when this was written. Backtracking would take seconds."""
     seconds, pair = fuzz_grader.longest(400, seed=1)
     assert seconds < 0.05, pair
 
@@ -501,12 +524,12 @@ FRACTION = r"\\d?frac\{(\d+)\}\{(\d+)\}"
 
 
 def structure(gold: str) -> bool:
-    """A tuple, an interval, a union, a matrix: anything with an order that is not one number."""
+    """Whether an answer is a tuple, interval, union or matrix, whose parts have an order."""
     return r"\begin" in gold or r"\cup" in gold or bool(re.match(r"(\\left ?)?[(\[].*,", gold))
 
 
 def unordered(gold: str) -> list[str]:
-    """The elements of a list or set without brackets around them, [] if it is none."""
+    """The elements of a list or set, or [] if the answer is neither."""
     inside = gold.removeprefix(r"\{").removesuffix(r"\}")
     number = r"\d,\s*\\?!?\s*\d{3}"
     if "," not in gold or structure(gold) or r"\in" in gold or re.search(number, gold):
@@ -615,11 +638,11 @@ def test_rewritten_golds_are_accepted(name, golds, grader):
 
 
 def wrong_answers(gold: str) -> dict[str, list[str]]:
-    """By kind, answers whose value is not the gold one's, by arithmetic and not by the grader."""
+    """Kind -> answers whose value differs from the gold answer, by arithmetic alone."""
     word = r"\text" in gold or gold == "0" or r"\pm" in gold
     bare = "\\" not in gold
     wrong = {
-        "digit": [  # one up, 9 becomes 0: a coefficient, an exponent, a base, an entry
+        "digit": [  # each digit plus one, 9 becomes 0
             gold[: m.start()] + str((int(m[0]) + 1) % 10) + gold[m.end() :]
             for m in re.finditer(r"\d", gold)
         ],
@@ -733,7 +756,7 @@ def test_clusters_by_hand(grader):
         4,
         7,
     ]
-    # groups need not be contiguous; ties stay two clusters
+    # Groups need not be contiguous. Equal answers of two groups are two clusters.
     assert grading.clusters(["1", "1", "2", "1.0", "2", "3"], [0, 1, 0, 1, 1, 0], grader) == [
         0,
         1,
@@ -774,7 +797,7 @@ def test_clusters_compare_all_groups_in_common_rounds():
     answers = [f"{row % 50}" if row < 100 else f"{row % 100}.0" for row in range(200)]
     found = grading.clusters(answers, groups, grader)
     assert found == [r % 50 if r < 150 else r for r in range(200)]
-    assert grader.calls <= 3  # two clusters a group, whatever the number of groups
+    assert grader.calls <= 3  # each group has two clusters; all groups are compared together
 
 
 # ---- batches in worker processes
@@ -811,7 +834,7 @@ HOSTILE = [
 
 @pytest.mark.slow
 def test_hostile_batch_leaves_the_other_rows_right():
-    """As whole texts and on another thread, as a trainer may call it."""
+    """Grade whole texts on another thread, as a trainer may do."""
     assert len(HOSTILE) == 20
     batch = [(row, "x^2+1", False) for row in HOSTILE]
     for i in range(1, 21):
@@ -835,7 +858,7 @@ def test_hostile_batch_leaves_the_other_rows_right():
         thread.join()
         assert grader.grade([b[0] for b in batch], golds) == right
         assert found == [right, right]
-        assert seconds[0] < 15 and seconds[1] < 1  # the second from the cache
+        assert seconds[0] < 15 and seconds[1] < 1  # the second pass uses the cache
         assert 4 <= grader.timeouts <= 10 and grader.errors <= 4
         used = set(own.children(recursive=True)) - before
         assert len(used) >= 2
@@ -844,7 +867,7 @@ def test_hostile_batch_leaves_the_other_rows_right():
 
 
 def test_limits_come_before_sympy(monkeypatch):
-    """Neither a worker nor a parser is asked about these."""
+    """These answers are refused before any parser sees them."""
     asked = []
     monkeypatch.setattr(symbolic, "equal", lambda *pair: asked.append(pair))
     for answer in [*HOSTILE[:6], "x^{10000}", "1234!", "2^{3^x}", "3 4", "n" * 501]:
@@ -857,7 +880,7 @@ def test_worker_killed_from_outside():
     with Grader(workers=1) as grader:
         assert grader.grade(["n+1"], ["1+n"]) == [True]
         processes = workers_of(grader)
-        assert len(processes) == 2  # it forks the process that computes
+        assert len(processes) == 2  # the worker and its fork, which compares
         processes[0].send_signal(signal.SIGINT)  # Ctrl-C belongs to the parent
         processes[1].kill()
         assert grader.grade(["n+2", "n+3"], ["2+n", "n-3"]) == [True, False]
@@ -906,7 +929,7 @@ def test_workers_die_with_a_killed_parent():
 
 
 def test_grades_off_the_main_thread(grader):
-    """Where Math-Verify's own time limit, made of signals, fails and scores all as wrong."""
+    """Math-Verify's own time limit uses signals, fails there, and would score all as wrong."""
     found = []
     thread = threading.Thread(
         target=lambda: found.append((grader.grade(["n+7"], ["7+n"]), is_equiv("n+8", "8+n")))
@@ -931,8 +954,8 @@ def test_cache_is_bounded(monkeypatch):
     assert all(grader.grade([f"n+{i}" for i in range(6)], [f"{i}+n" for i in range(6)]))
     assert list(grader._cache) == [(f"n+{i}", f"{i}+n") for i in (3, 4, 5)]
     grader.grade(["n+5", "n+0", "n+5"], ["5+n", "0+n", "5+n"])
-    assert len(asked) == 7 and asked[-1] == ("n+0", "0+n")  # the others were known
-    grader.grade(["42.0", "9" * 2**20, None], ["42", "9", "1"])  # settled here, and kept if short
+    assert len(asked) == 7 and asked[-1] == ("n+0", "0+n")  # the others were cached
+    grader.grade(["42.0", "9" * 2**20, None], ["42", "9", "1"])  # needs no worker
     assert list(grader._cache)[1:] == [("42.0", "42"), (None, "1")] and len(asked) == 7
 
 
@@ -946,12 +969,12 @@ def test_1024_rollouts_take_seconds(grader):
     started = time.monotonic()
     verdicts = grading.correct(texts, golds, grader)
     first = time.monotonic() - started
-    assert grading.correct(texts, golds, grader) == verdicts  # another reward asks again
+    assert grading.correct(texts, golds, grader) == verdicts  # as when another reward asks again
     assert first < 3 and time.monotonic() - started - first < 0.2  # 0.3 s and 10 ms if idle
 
 
 def test_parser_builds_what_math_verify_builds(golds):
-    """The same parser, started in ANTLR's quick mode; texts with units or i are changed before."""
+    """Our quick parser and Math-Verify's agree. Texts with units or i are left out."""
     import math_verify
     import sympy
 
@@ -972,7 +995,7 @@ def test_1024_different_symbolic_pairs(grader):
     before = sum(sum(process.cpu_times()[:2]) for process in workers_of(grader))
     verdicts = grader.grade(*map(list, zip(*batch, strict=True)))
     assert verdicts == [i // 3 % 2 == 0 for i in range(5, 1029)]
-    # Processor time, as tests share the machine; 9 s when each pair went through `verify`.
+    # Processor time, because tests share the machine. 9 s is what `verify` took for all pairs.
     assert sum(sum(p.cpu_times()[:2]) for p in workers_of(grader)) - before < 9
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import comparable, run_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -241,7 +242,7 @@ def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_reports_its_own_memory(monkeyp
     assert memory.peak_memory() > 0.05
 
 
-def test_rollouts_that_do_not_fit_name_their_knobs(model_folders, monkeypatch):
+def test_rollouts_that_do_not_fit_name_their_settings(model_folders, monkeypatch):
     def full(*args, **kwargs):
         raise torch.cuda.OutOfMemoryError
 
@@ -256,30 +257,7 @@ def test_rollouts_that_do_not_fit_name_their_knobs(model_folders, monkeypatch):
 @pytest.fixture(scope="module")
 def config(tiny_random):
     """A run of 32 rollouts a step on the untrained tiny world, with an eval every second step."""
-    return Config(
-        model=tiny_random,
-        quant="none",
-        lora_r=4,
-        lora_alpha=8,
-        gradient_checkpointing=False,
-        train_data=tiny_random,
-        eval_data=tiny_random,
-        prompt="none",
-        max_prompt_tokens=32,
-        max_new_tokens=12,
-        reward="random(0.5)",
-        steps=3,
-        prompts_per_step=4,
-        group_size=8,
-        micro_batch_tokens=200,
-        lr=1e-2,
-        eval_every=2,
-        eval_n=10,
-        eval_temperature=1.0,
-        save_every=0,
-        device="cpu",
-        dtype="float32",
-    )
+    return run_config(tiny_random, "", steps=3, eval_every=2, eval_temperature=1.0)
 
 
 @pytest.fixture
@@ -291,13 +269,6 @@ def small(config, tmp_path):
 def whole(config, tmp_path_factory):
     """The metrics of the uninterrupted run."""
     return comparable(train(replace(config, out_dir=str(tmp_path_factory.mktemp("whole") / "run"))))
-
-
-TIMINGS = ("seconds", "tokens_per_s", "peak_memory")
-
-
-def comparable(history):
-    return [{k: v for k, v in m.items() if not k.startswith(TIMINGS)} for m in history]
 
 
 def test_the_settled_micro_batch_is_used_saved_and_resumed(small, monkeypatch, capsys):
@@ -332,7 +303,7 @@ def fails_once(monkeypatch, owner, name, call):
 
 
 @pytest.mark.parametrize(
-    "owner,name,call,step,knob",
+    "owner,name,call,step,setting",
     [
         (trainer, "generate", 3, 2, "'sample': lower --rollout_rows or --max_new_tokens"),
         (trainer, "score", 2, 1, "'score': lower --micro_batch_tokens"),
@@ -343,7 +314,7 @@ def fails_once(monkeypatch, owner, name, call):
     ],
 )
 def test_memory_that_runs_out_costs_one_step(
-    small, whole, monkeypatch, owner, name, call, step, knob, capsys
+    small, whole, monkeypatch, owner, name, call, step, setting, capsys
 ):
     """The run ends at a step's boundary, whatever it was doing, and goes on as if nothing was."""
     with monkeypatch.context() as patch:
@@ -351,7 +322,7 @@ def test_memory_that_runs_out_costs_one_step(
         with pytest.raises(UserError) as error:
             train(small)
     message = str(error.value)
-    assert knob in message and f"saved as of step {step}, --resume=True" in message
+    assert setting in message and f"saved as of step {step}, --resume=True" in message
     assert "\n" not in message
     assert comparable(train(replace(small, resume=True))) == whole
     assert f"resumed after step {step}" in capsys.readouterr().out
@@ -393,7 +364,7 @@ def test_freed_samples_what_kept_samples(small, monkeypatch):
     monkeypatch.setattr(memory.Plan, "choose", lambda self, wanted: ("adapter", "a test"))
     adapter = train(replace(small, steps=2, out_dir=small.out_dir + "adapter"))
     gaps = [[m["sampler_gap_max"] for m in history[1:]] for history in (kept, adapter)]
-    assert gaps[0] != gaps[1]  # the knob does something: another rounding
+    assert gaps[0] != gaps[1]  # the setting does something: another rounding
 
 
 def test_a_resumed_run_keeps_what_auto_chose(small, whole, monkeypatch, capsys):

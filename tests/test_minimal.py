@@ -1,11 +1,10 @@
 """minimal.py makes the update of train.py, and learns."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
-from test_train import small_config
+from conftest import run_config
 
 import grpo
 import minimal
@@ -26,8 +25,9 @@ def test_the_page_makes_the_update_of_train(tiny_random, tmp_path, clip):
     assert len(r.text) == minimal.PROMPTS * minimal.GROUP and 0 < r.finished.sum() < len(r.text)
     advantage = grpo.advantages(torch.tensor([float(len(t) % 3 == 0) for t in r.text]), 8)
     lr = 0.05  # plain SGD: AdamW makes a whole step of a gradient that is rounding alone
-    cfg = replace(
-        small_config(tiny_random, str(tmp_path)),
+    cfg = run_config(
+        tiny_random,
+        tmp_path,
         lora_r=0,
         lr=lr,
         clip=clip,

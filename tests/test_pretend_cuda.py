@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import run_config
 from pretend_cuda import GPU, Capture, Refused, pretended, put
 
 import model
@@ -10,7 +11,6 @@ from decoding import slots
 from decoding.slots import DecodeSetup
 from engine import TRAIN_NOISE, generate
 from harness.loading import load_model
-from settings import Config
 
 pytestmark = pytest.mark.slow
 
@@ -21,31 +21,24 @@ PROMPTS = [[5, 6, 7, 8], [9, 10]]
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 def test_training_on_a_pretended_gpu(tiny_random, tmp_path, monkeypatch, quant, dtype):
-    """Eval, steps and checkpoints; its captures belong to the first rollout alone."""
-    cfg = Config(
-        model=tiny_random,
+    """A run with evals and checkpoints. Only the first rollout captures graphs."""
+    cfg = run_config(
+        tiny_random,
+        tmp_path / "run",
         quant=quant,
-        lora_r=4,
-        lora_alpha=8,
-        train_data=tiny_random,
-        eval_data=tiny_random,
-        prompt="none",
-        max_prompt_tokens=32,
+        gradient_checkpointing=True,
         max_new_tokens=16,
-        reward="random(0.5)",
-        steps=2,
         prompts_per_step=2,
         group_size=4,
         updates_per_step=2,
-        micro_batch_tokens=200,
         rollout_rows=6,
         lr=0.0,
         eval_every=2,
         eval_n=4,
         save_every=1,
         kl_coef=0.1,
+        device="auto",
         dtype=dtype,
-        out_dir=str(tmp_path / "run"),
     )
     captures = []
 
@@ -58,7 +51,7 @@ def test_training_on_a_pretended_gpu(tiny_random, tmp_path, monkeypatch, quant, 
             return loaded
 
         def logits(head, hidden):
-            """model.logits, which asks for the device where autograd hides what is pretended."""
+            """model.logits, but with the pretended device, which autograd hides."""
             if head.weight.dtype == torch.float32:
                 return head(hidden)
             return model._Float32Logits.apply(hidden, head.weight, head.bias, gpu.has(hidden))
@@ -90,7 +83,7 @@ def rollout(gpu, folder, step=None, monkeypatch=None):
 
 
 def test_the_host_waits_only_where_it_looks(model_folders):
-    """Every eight tokens, and when a rollout begins and ends; a second one captures nothing."""
+    """It waits every eight tokens and at both ends of a rollout. A second captures nothing."""
     with pretended() as gpu:
         model, counts = rollout(gpu, model_folders["llama"])
     assert gpu.waits["slots.py:look"] == 2 * (1 + 39 // 8 + 1)  # at the start, in steps, at the end
@@ -112,7 +105,7 @@ PLANTED = {
 def test_planted_faults_are_found(model_folders, monkeypatch, fault):
     model = model_folders["llama"]
     with pretended() as gpu, pytest.raises(Refused):
-        # The engine takes a failed capture for a reason to go on without: here it must not.
+        # The engine decodes without graphs after a failed capture. This test must not allow that.
         monkeypatch.setattr(slots.warnings, "warn", _raise)
         rollout(gpu, model, PLANTED[fault], monkeypatch)
 

@@ -58,7 +58,7 @@ def test_paired_interval_is_that_of_scipy(tmp_path, capsys):
     write_sweep(tmp_path, values)
     half_done = tmp_path / "clip=off" / "seed10"
     write_complete(Job(half_done, [*RUN, "--steps=4"]), [{"step": 2, "eval_accuracy": 1.0}])
-    begun = tmp_path / "clip=off" / "seed11"  # a sweep that runs beside
+    begun = tmp_path / "clip=off" / "seed11"  # a sweep that is still running
     write_complete(Job(begun, [*RUN, "--steps=4"]))
     (begun / "metrics.jsonl").write_text("")
     sweep.main(["--only_report=True", f"--out={tmp_path}"])
@@ -105,7 +105,7 @@ def test_runs_of_an_arm_differ_only_in_their_seed(tmp_path):
     write_sweep(tmp_path, old, {"a": [*RUN, "--micro_batch_tokens=128"]}, rollout_weights="merged")
     path = tmp_path / "a" / "seed3" / "config.json"
     config = json.loads(path.read_text())["config"]
-    del config["optimizer"]  # a run from before there was a choice had adamw
+    del config["optimizer"]  # an older run, from when adamw was the only optimizer
     path.write_text(json.dumps({"config": config}))
     write_sweep(tmp_path, {"a": {0: 0.5, 1: 0.6}}, {"a": [*RUN, "--adam_betas=.9,.95"]})
     (arm,) = load_sweep(tmp_path)
@@ -120,7 +120,7 @@ AVERAGE = ["--only_report=True", "--average=reward", "--report=accuracy", "--las
 
 
 def test_a_seed_counts_once_and_sweeps_are_pooled(tmp_path, capsys):
-    """--average: the mean of a seed's two runs; --pool: seed 0 of either sweep is its own."""
+    """--average takes the mean of a seed's two runs; --pool keeps seed 0 of both sweeps apart."""
     coin, flipped = "reward=random_0.5", "reward=~random_0.5"
     first = {
         f"clip=off,{coin}": {0: 0.2, 1: 0.4, 2: 0.3},
@@ -183,14 +183,14 @@ def test_what_cannot_be_pooled(tmp_path, capsys):
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="further: .*further"):
         pool_sweeps([tmp_path / "out", *[tmp_path / "further"] * 2])
-    arms, knobs = pool_sweeps([tmp_path / "out", tmp_path / "further"])
-    assert [len(arm.runs) for arm in arms] == [3, 1] and knobs == {}
+    arms, different = pool_sweeps([tmp_path / "out", tmp_path / "further"])
+    assert [len(arm.runs) for arm in arms] == [3, 1] and different == {}
     sweep.main(["--only_report=True", f"--out={tmp_path}/out", f"--pool={tmp_path}/further"])
     assert "(2 sweeps)" in capsys.readouterr().out
 
 
 def test_averages_are_by_configuration_and_named_without_the_key(tmp_path):
-    """Values hold commas, and an experiment file may set the key that is averaged over."""
+    """Values may hold commas, and an experiment file may set the averaged key."""
     betas = sweep.arms_of([*RUN, "--adam_betas=(.9,.95),(.9,.999)", "--clip=both,off"])
     values = {name: {0: 0.1 * i} for i, name in enumerate(betas)}
     write_sweep(tmp_path / "a", values, betas)
@@ -231,7 +231,7 @@ def test_report_of_few_seeds_and_of_many_arms(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert FEW_SEEDS.capitalize() in (tmp_path / "table.md").read_text()
     pairs = json.loads(printed.splitlines()[-1])["pairs"]
-    assert {pair["a"] for pair in pairs} == {"a"} and len(pairs) == 5 * 2  # each with the first
+    assert {pair["a"] for pair in pairs} == {"a"} and len(pairs) == 5 * 2  # each arm with the first
     assert (tmp_path / "figure.png").stat().st_size > 10_000  # of the five arms with runs
     assert "| f | 0 | - | - |" in printed and "| f − a | 0 | - | - |" in printed
     with pytest.raises(UserError, match="report=acuracy.* accuracy"):

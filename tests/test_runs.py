@@ -16,8 +16,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import comparable, run_config
 from safetensors.torch import load_file, save_file
-from test_train import comparable, small_config, weights
+from test_train import weights
 
 import eval as evaluation
 import rewards
@@ -38,14 +39,14 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def small(tiny_random, tmp_path):
     """Four steps of 32 rollouts, a checkpoint only where one is due, evals at 0, 2 and 4."""
-    cfg = small_config(tiny_random, str(tmp_path / "run"))
+    cfg = run_config(tiny_random, tmp_path / "run")
     return replace(cfg, steps=4, eval_every=2, eval_temperature=1.0, lr=1e-3)
 
 
 @pytest.fixture(scope="module")
 def whole(tiny_random, tmp_path_factory):
     """(metrics, weights) of the uninterrupted run."""
-    cfg = small_config(tiny_random, str(tmp_path_factory.mktemp("whole") / "run"))
+    cfg = run_config(tiny_random, tmp_path_factory.mktemp("whole") / "run")
     history = train(replace(cfg, steps=4, eval_every=2, eval_temperature=1.0, lr=1e-3))
     return comparable(history), weights(cfg.out_dir)
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_train import comparable, small_config
+from conftest import comparable, run_config
 
 import grpo
 import rewards
@@ -20,7 +20,7 @@ from train import train
 
 @pytest.fixture
 def small(tiny_random, tmp_path):
-    return replace(small_config(tiny_random, str(tmp_path / "run")), save_every=1)
+    return run_config(tiny_random, tmp_path / "run", save_every=1)
 
 
 @pytest.fixture

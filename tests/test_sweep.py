@@ -1,4 +1,4 @@
-"""Jobs, demo and sweep: plans, names and states, mostly on made-up run folders."""
+"""Jobs, demo and sweep: planning, naming and state of runs, mostly with made-up run folders."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def test_demo_keeps_resumes_and_restarts(tmp_path):
     job.folder.joinpath("metrics.jsonl").write_text(rows[0])
     assert jobs.state(job) == "resume"
     longer = demo_jobs(demo.DemoConfig(out=str(tmp_path), steps=5))[0]
-    with pytest.raises(UserError, match="steps=4, not 5"):
+    with pytest.raises(UserError, match="steps=4.* 5"):
         jobs.state(longer)
 
 
@@ -53,7 +53,7 @@ def test_demo_runs_any_experiment(tmp_path):
     assert len(every) == len(list((configurator.PROJECT / "config").glob("*.py"))) > 20
     two = demo.DemoConfig(out=str(tmp_path), seeds=1, experiments=("constant", "one_shot"))
     assert [job.args[0] for job in demo_jobs(two)] == ["config/constant.py", "config/one_shot.py"]
-    with pytest.raises(UserError, match="experiments=randm: no such file: .*constant"):
+    with pytest.raises(UserError, match="experiments=randm: .*constant"):
         demo_jobs(demo.DemoConfig(experiments=("randm",)))
 
 
@@ -75,9 +75,9 @@ def test_demo_names_the_log_of_a_failed_run_and_ends_the_others(tmp_path, monkey
         "if '--seed=0' in sys.argv: print('step 1'); sys.exit('error: broken')\n"
         "time.sleep(60)\n"
     )
-    started = demo_jobs(demo.DemoConfig(out=str(tmp_path), seeds=2))[3:5]  # a seed 0 and a seed 1
+    started = demo_jobs(demo.DemoConfig(out=str(tmp_path), seeds=2))[3:5]  # seeds 0 and 1
     monkeypatch.setattr(jobs, "PROJECT", tmp_path)
-    with pytest.raises(UserError, match=r"seed0\.log: error: broken \(exit status 1\)"):
+    with pytest.raises(UserError, match=r"seed0\.log: .*broken"):
         jobs.run_jobs(started, at_once=2, poll=0.1)
     assert all(job.process.poll() is not None for job in started)
 
@@ -86,12 +86,12 @@ def test_demo_table_has_the_base_first(tmp_path):
     runs = [write_run(tmp_path / f"a{seed}", seed) for seed in range(3)]
     runs.append(write_run(tmp_path / "off", clip="off"))
     lines = demo_table(load_arms(runs)).splitlines()
-    assert lines[2] == "| before training | 3 | 50.0 | 65.0 | 80.0 |  |"  # the seeds agree there
+    assert lines[2] == "| before training | 3 | 50.0 | 65.0 | 80.0 |  |"  # the seeds agree
     assert lines[3] == "| format, clip=both | 3 | 30.0 ± 15.3 | 65.0 | 80.0 |  |"
 
 
 def write_complete(job, rows=None, **changes):
-    """A finished run of a job: its config.json, as train.py writes it, and made-up metrics."""
+    """Write a finished run: config.json as train.py writes it, and made-up metrics."""
     job.folder.mkdir(parents=True)
     (job.folder / "config.json").write_text(json.dumps({"config": asdict(job.config) | changes}))
     rows = rows or [{"step": job.config.steps, "eval_accuracy": 0.5}]
@@ -104,9 +104,9 @@ def test_a_run_is_known_again_by_what_was_asked_not_by_what_memory_allowed(tmp_p
     settled = {"rollout_weights": "merged", "micro_batch_tokens": 256, "resume": True}
     for name, changes, verdict in [
         ("settled", settled, "complete"),
-        ("larger", {"micro_batch_tokens": 1024}, "micro_batch_tokens=1024, not 512"),
+        ("larger", {"micro_batch_tokens": 1024}, "micro_batch_tokens=1024.* 512"),
         ("betas", {"adam_betas": [0.9, 0.95]}, "complete"),
-        ("other", {"adam_betas": [0.9, 0.99]}, r"adam_betas=\[0.9, 0.99\], not \[0.9, 0.95\]"),
+        ("other", {"adam_betas": [0.9, 0.99]}, r"adam_betas=\[0.9, 0.99\].*\[0.9, 0.95\]"),
     ]:
         job = jobs.Job(tmp_path / name, args)
         write_complete(job, **changes)
@@ -115,8 +115,8 @@ def test_a_run_is_known_again_by_what_was_asked_not_by_what_memory_allowed(tmp_p
         else:
             with pytest.raises(UserError, match=verdict):
                 jobs.state(job)
-    # a run from before there was a knob had what is now its default
-    for extra, verdict in (([], "complete"), (["--one_shot=pi_1"], "one_shot=, not pi_1")):
+    # A run that is older than a setting counts as having its default.
+    for extra, verdict in (([], "complete"), (["--one_shot=pi_1"], "one_shot=.*pi_1")):
         job = jobs.Job(tmp_path / f"old{len(extra)}", [*args, *extra])
         write_complete(job)
         config = {k: v for k, v in asdict(job.config).items() if k != "one_shot"}
@@ -140,7 +140,7 @@ def test_term_ends_the_runs_like_ctrl_c(tmp_path, monkeypatch, capsys):
         jobs.run_all(planned, 2, tmp_path / "out")
     assert all(job.process.poll() is not None for job in planned)
     assert signal.getsignal(signal.SIGTERM) is before
-    assert "the same command goes on" in capsys.readouterr().err
+    assert str(tmp_path / "out") in capsys.readouterr().err
 
 
 def test_runs_at_a_time(tmp_path, monkeypatch):
@@ -154,7 +154,7 @@ def test_runs_at_a_time(tmp_path, monkeypatch):
     assert jobs.how_many(many) == 1
     monkeypatch.setattr(jobs, "available_memory", lambda: 100e9)
     monkeypatch.setattr(jobs.torch.cuda, "is_available", lambda: True)
-    assert jobs.how_many(many) == 5  # its scale file names the CPU
+    assert jobs.how_many(many) == 5  # the scale file sets device=cpu
     assert jobs.how_many([jobs.Job(tmp_path, ["config/model/tiny.py", "--device=auto"])] * 9) == 1
 
 
@@ -209,33 +209,33 @@ def test_runs_are_planned_seed_by_seed(tmp_path, capsys):
     assert [job.config.clip for job in planned] == ["both", "off"] * 2
     assert planned[3].config.out_dir == str(planned[3].folder)
     printed = capsys.readouterr().out
-    assert printed.count("warning: clip=both: clip=both has no effect") == 1  # once an arm
+    assert printed.count("warning: clip=both:") == 1  # once per arm
 
 
 def test_errors_of_sweep_are_one_line(tmp_path):
     (tmp_path / "done").mkdir()
     (tmp_path / "done" / "sweep.json").write_text('{"arms": ["a"]}')
     for argv, words in [
-        ([*RUN, "--clip=both,of"], "clip must be one of both, high, low, off, got 'of'"),
-        ([*RUN, "--lr=1e-4,"], "an empty value in the list: write lr=A,B"),
-        ([*RUN, "--lr=1e-4,0.0001"], "lr=0.0001 and lr=1e-4 are the same configuration"),
-        ([*RUN, "--lr=1e-4,1e-4"], "two arms are named lr=1e-4"),
-        ([*RUN, "--lr=1,2", "--lr=3,4"], "lr is already given"),
-        ([*RUN, "--lrr=1,2"], "unknown key 'lrr': did you mean lr"),
-        ([*RUN, "-lr=1,2"], "write an option as one word"),
-        ([*RUN, "--seed=1,2"], "the sweep sets it: use --seeds=N"),
-        ([*RUN, "--resume=True"], "the sweep sets it$"),
-        ([*RUN, "--seeds=0"], "seeds=0: must be at least 1"),
-        ([*RUN, "--reward=random(0.5),fromat"], "no reward 'fromat'"),
-        ([*RUN, "--only_report=True"], "only_report reads the folder"),
-        (["--only_report=True"], "no readable sweep.json"),
-        (["--only_report=True", f"--out={tmp_path}/done"], "no run of it is complete"),
+        ([*RUN, "--clip=both,of"], "clip.*'of'"),
+        ([*RUN, "--lr=1e-4,"], "--lr=1e-4,:"),
+        ([*RUN, "--lr=1e-4,0.0001"], "lr=0.0001.*lr=1e-4"),
+        ([*RUN, "--lr=1e-4,1e-4"], "lr=1e-4"),
+        ([*RUN, "--lr=1,2", "--lr=3,4"], "--lr=3,4: lr"),
+        ([*RUN, "--lrr=1,2"], "lrr.* lr"),
+        ([*RUN, "-lr=1,2"], "-lr=1,2"),
+        ([*RUN, "--seed=1,2"], "--seed=1,2.*--seeds"),
+        ([*RUN, "--resume=True"], "--resume=True"),
+        ([*RUN, "--seeds=0"], "seeds=0"),
+        ([*RUN, "--reward=random(0.5),fromat"], "'fromat'"),
+        ([*RUN, "--only_report=True"], "random_reward.py: .*only_report"),
+        (["--only_report=True"], "sweep.json"),
+        (["--only_report=True", f"--out={tmp_path}/done"], f"{tmp_path}/done"),
     ]:
         out = [] if any("--out" in arg for arg in argv) else [f"--out={tmp_path}/none"]
         with pytest.raises(UserError, match=words) as error:
             sweep.main([*argv, *out])
         assert "\n" not in str(error.value)
-    assert not (tmp_path / "none").exists()  # all of it was seen before anything was written
+    assert not (tmp_path / "none").exists()  # nothing is written before all arguments are checked
 
 
 FAKE = """
@@ -259,7 +259,7 @@ save_file({}, folder / "state.safetensors", {"steps_done": "1"})
 
 @pytest.mark.slow
 def test_a_sweep_runs_resumes_is_kept_and_grows(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(jobs, "PROJECT", tmp_path)  # its train.py takes no time
+    monkeypatch.setattr(jobs, "PROJECT", tmp_path)  # with a train.py that takes no time
     monkeypatch.setattr(jobs.tiny, "resolve", lambda name: name)
     monkeypatch.setattr(jobs.time, "sleep", lambda seconds: threading.Event().wait(0.05))
     (tmp_path / "train.py").write_text(FAKE)
@@ -272,19 +272,19 @@ def test_a_sweep_runs_resumes_is_kept_and_grows(tmp_path, monkeypatch, capsys):
         return json.loads(printed.splitlines()[-1]), printed
 
     result, printed = figures("--seeds=2", "--jobs=2")
-    assert "2 arms x 2 seeds, 2 at a time" in printed and "are complete" not in printed
+    assert "kept" not in printed
     assert [arm["seeds"] for arm in result["arms"].values()] == [[0, 1], [0, 1]]
     assert result["pairs"][0]["difference"] == pytest.approx(1)
     stopped = tmp_path / "sweep" / "clip=off" / "seed1"
     write_state(stopped, 0)
     again, printed = figures("--seeds=2", "--jobs=2")
-    assert "3 of 4 runs are complete and kept" in printed and again == result
+    assert "3 of 4 runs" in printed and again == result
     more, printed = figures("--seeds=3", "--jobs=2")
-    assert "4 of 6 runs are complete and kept" in printed
+    assert "4 of 6 runs" in printed
     assert more["arms"]["clip=off"]["accuracy"]["values"] == pytest.approx([1, 1.1, 1.2])
-    with pytest.raises(UserError, match="clip=both/seed0: holds a run with steps=1, not 2"):
+    with pytest.raises(UserError, match="clip=both/seed0: .*steps=1.* 2"):
         sweep.main([*RUN, "--steps=2", "--clip=both,off", f"--out={tmp_path}/sweep"])
-    # seeds of another configuration are refused before they are run
-    with pytest.raises(UserError, match=r"clip=both/seed0: holds a run with lr=[\de.-]+, not 0.5"):
+    # Seeds of another configuration are refused before they run.
+    with pytest.raises(UserError, match=r"clip=both/seed0: .*lr=.* 0.5"):
         figures("--seeds=1", "--first_seed=7", "--lr=0.5")
     assert not (tmp_path / "sweep" / "clip=both" / "seed7").exists()

@@ -35,13 +35,13 @@ SMALL = {
 
 
 def options(*more):
-    """SMALL and more options, which win, as a command line."""
+    """A command line of SMALL and more options, which override it."""
     given = dict(option.removeprefix("--").split("=") for option in more)
     return [f"--{key}={value}" for key, value in (SMALL | given).items()]
 
 
 def run_bench(capsys, *more):
-    """The JSON of the last line, and all that was printed."""
+    """Run bench. Returns the JSON of the last line, and everything printed."""
     bench.main(options(*more))
     printed = capsys.readouterr().out
     return json.loads(printed.splitlines()[-1]), printed
@@ -76,7 +76,7 @@ def test_bench_lengths_are_forced_and_ragged(capsys):
     assert set(workload.draw_lengths(5, 1, 7, "equal", seed=0)) == {7}
 
 
-def test_bench_knobs_reach_the_work(capsys):
+def test_bench_settings_reach_the_work(capsys):
     cfg = bench.BenchConfig(
         arch="tiny-random",
         prompts=2,
@@ -113,7 +113,7 @@ def test_bench_knobs_reach_the_work(capsys):
 
 @pytest.mark.parametrize("arch", workload.SHAPES)
 def test_bench_shapes_are_models(arch):
-    """Their parameters, in millions, as the released models have them; no memory is taken."""
+    """The shapes have as many parameters as the released models. On meta: uses no memory."""
     millions = {
         "tiny-random": 0.1,
         "qwen2-12x768": 218,
@@ -138,11 +138,10 @@ def test_bench_random_logits_are_neither_flat_nor_one_token():
 
 
 def test_bench_beside_generate_has_the_same_lengths(capsys):
-    result, printed = run_bench(capsys, "--peer=hf", "--repeats=2", "--rollout_rows=3")
+    result, _ = run_bench(capsys, "--peer=hf", "--repeats=2", "--rollout_rows=3")
     assert result["peer_response_tokens"] == result["response_tokens"]
     assert len(result["ratios"]) == 2
     assert result["ratio"] == pytest.approx(np.median(result["ratios"]))
-    assert "transformers generate" in printed
     assert "update_s" not in result
 
 
@@ -168,19 +167,18 @@ def test_generate_as_a_peer_is_forced_and_leaves_the_model_alone():
 def test_bench_beside_trl(capsys):
     pytest.importorskip("trl")
     pytest.importorskip("peft")
-    result, printed = run_bench(capsys, "--peer=trl", "--micro_batch_tokens=15")
+    result, _ = run_bench(capsys, "--peer=trl", "--micro_batch_tokens=15")
     assert result["peer_response_tokens"] == result["response_tokens"]
     assert result["peer_micro_batch_rows"] == 1
     parts = [result[f"peer_{part}_s"] for part in ("sample", "score", "update")]
     assert sum(parts) == pytest.approx(result["peer_s"]) and min(parts) > 0
     assert result["ratio"] == pytest.approx(result["peer_s"] / result["step_s"])
     assert result["peer_update_peak_gb"] > result["peer_update_growth_gb"]
-    assert "TRL" in printed
 
 
 @pytest.fixture
 def many_ends(model_folders, tmp_path):
-    """A model that, like real ones, lists its end tokens; here half of its vocabulary."""
+    """A model with many end tokens in its own configuration: half of the vocabulary."""
     model = AutoModelForCausalLM.from_pretrained(model_folders["qwen2"])
     model.generation_config.eos_token_id = list(range(3, 97, 2))
     model.generation_config.repetition_penalty = 1.1
@@ -204,12 +202,12 @@ def test_what_was_measured_is_printed_although_the_lengths_differ(capsys, monkey
     monkeypatch.setattr(peers, "hf_generate", lambda *a: [n + 1 for n in generate(*a)])
     result, printed = run_bench(capsys, "--peer=hf")
     assert result["peer_lengths_equal"] is False and result["ratio"] > 0
-    assert "warning: the peer's responses" in printed
+    assert "warning" in printed
 
 
 def test_bench_without_trl_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
-    with pytest.raises(UserError, match="trl is not installed: pip install -r requirements-test"):
+    with pytest.raises(UserError, match="peer=trl: trl .*requirements-test.txt"):
         bench.main(options("--peer=trl"))
 
 
@@ -221,7 +219,7 @@ def test_bench_scaling_extrapolation_and_own_problems(capsys, tiny_random):
     assert machine.exponent([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2)
     result, printed = run_bench(capsys, "--extrapolate=6x4")
     assert result["extrapolated_update_s"] == pytest.approx(6 * result["update_s"])
-    assert "extrapolated from this one (not run)" in printed
+    assert "6x4" in printed.splitlines()[-2]
     result, _ = run_bench(
         capsys,
         "--arch=none",
@@ -234,7 +232,7 @@ def test_bench_scaling_extrapolation_and_own_problems(capsys, tiny_random):
 
 
 def test_costs_by_hand():
-    """One layer's products counted one by one."""
+    """Costs of the tiny shape, counted by hand."""
     cfg = bench.BenchConfig(arch="tiny-random")
     device = torch.device("cpu")
     with workload.weights(cfg, device, torch.float32) as name:
@@ -248,7 +246,7 @@ def test_costs_by_hand():
     assert cost.forward_flop(P, R) == flop
     sampling, read = cost.sampling(P, R, group=2, rows=8)
     assert sampling == flop - 2 * decoder * 3 - 4 * 2 * 64 * 6  # the prompt is read once
-    # two steps; the tokens read 3 and 4, and 3 positions
+    # Two decoding steps; the tokens read 3 and 4 positions, and 3.
     assert read == 2 * 4 * (decoder + 64 * 128) + (3 + 4 + 3) * 2 * 2 * 2 * 16 * 4
 
 
@@ -266,19 +264,19 @@ def test_peak_memory_sees_what_is_gone_again():
 
 def test_errors_of_bench_are_one_line():
     for argv, words in [
-        (["--prompts=0"], "prompts=0: must be at least 1"),
-        (["--min_new=10"], "min_new=10: must not be above new_tokens=9"),
-        (["--updates=5"], "updates=5: a step has 4 responses"),
-        (["--memory_fraction=2"], "at most 1"),
-        (["--memory_fraction=0.5"], "only CUDA can be capped"),
-        (["--extrapolate=64"], "write PROMPTSxGROUP"),
-        (["--extrapolate=6x4", "--peer=hf"], "of our phases alone"),
-        (["--scaling=rows", "--peer=hf"], "not with a peer"),
-        (["--scaling=rows", "--prompts=1"], "at least 2"),
-        (["--data=tiny"], "data=tiny: not with peer, scaling or arch"),
-        (["--peer=trl", "--updates=3"], "4 responses do not make 3 equal"),
-        (["--peer=trl", "--group=1"], "--group of at least 2"),
-        (["--lora_r=0", "--quant=nf4"], "add --quant=none"),
+        (["--prompts=0"], "prompts=0"),
+        (["--min_new=10"], "min_new=10.*new_tokens=9"),
+        (["--updates=5"], "updates=5.* 4"),
+        (["--memory_fraction=2"], "memory_fraction=2"),
+        (["--memory_fraction=0.5"], "memory_fraction=0.5"),
+        (["--extrapolate=64"], "extrapolate=64.*PROMPTSxGROUP"),
+        (["--extrapolate=6x4", "--peer=hf"], "extrapolate.*peer"),
+        (["--scaling=rows", "--peer=hf"], "scaling=rows.*peer"),
+        (["--scaling=rows", "--prompts=1"], "scaling=rows.*--prompts"),
+        (["--data=tiny"], "data=tiny.*arch"),
+        (["--peer=trl", "--updates=3"], "peer=trl.* 3"),
+        (["--peer=trl", "--group=1"], "peer=trl.*--group"),
+        (["--lora_r=0", "--quant=nf4"], "lora_r=0.*--quant=none"),
         (["--arch=qwen3"], "arch"),
     ]:
         with pytest.raises(UserError, match=words) as error:
@@ -328,7 +326,7 @@ def test_sample_shows_base_and_trained_on_the_same_noise(tmp_path, capsys, monke
         pairs = [[part.strip() for part in line] for line in lines if len(line) == 2]
         return pairs[0], [left for left, _ in pairs[1:]], [right for _, right in pairs[1:]]
 
-    with pytest.raises(UserError, match="no checkpoint"):
+    with pytest.raises(UserError, match=str(folder)):
         sample.main([f"--run={folder}"])
     model.save_pretrained(folder / "model")  # full training that changed nothing
     titles, left, right = shown("--row=0")
@@ -342,5 +340,5 @@ def test_sample_shows_base_and_trained_on_the_same_noise(tmp_path, capsys, monke
     save_adapter(model, folder / "adapter", str(base))
     _, same_left, other = shown("--row=0")
     assert "".join(same_left) == "".join(left) != "".join(other)
-    with pytest.raises(UserError, match="rows 0 to 0"):
+    with pytest.raises(UserError, match="row"):
         shown("--row=1")

@@ -1,4 +1,4 @@
-"""The loop: nulls that are exactly null, resume, what reaches the loss, mistakes."""
+"""The training loop: exact nulls, resume, what reaches the loss, user errors."""
 
 import json
 import math
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import comparable, run_config
 
 import rewards
 import train as trainer
@@ -32,42 +33,7 @@ from train import train
 
 @pytest.fixture
 def small(tiny_random, tmp_path):
-    return small_config(tiny_random, str(tmp_path / "run"))
-
-
-def small_config(world, folder):
-    """A run of 32 rollouts a step on the untrained tiny world."""
-    return Config(
-        model=world,
-        quant="none",
-        lora_r=4,
-        lora_alpha=8,
-        gradient_checkpointing=False,
-        train_data=world,
-        eval_data=world,
-        prompt="none",
-        max_prompt_tokens=32,
-        max_new_tokens=12,
-        reward="random(0.5)",
-        steps=2,
-        prompts_per_step=4,
-        group_size=8,
-        micro_batch_tokens=200,
-        lr=1e-2,
-        eval_every=0,
-        eval_n=10,
-        save_every=0,
-        device="cpu",
-        dtype="float32",
-        out_dir=folder,
-    )
-
-
-TIMINGS = ("seconds", "tokens_per_s", "peak_memory")
-
-
-def comparable(history):
-    return [{k: v for k, v in m.items() if not k.startswith(TIMINGS)} for m in history]
+    return run_config(tiny_random, tmp_path / "run")
 
 
 # ------------------------------------------------------------------------------------------- nulls
@@ -84,7 +50,7 @@ def test_with_lr_0_every_ratio_is_exactly_1(small, dtype, quant):
         assert m["sampler_gap_max"] < (1e-4 if dtype == "float32" else 0.5)
         assert m["ratio_mean"] == 1 and m["ratio_max"] == 1
         assert m["clip_frac_low"] == 0 and m["clip_frac_high"] == 0
-        assert m["kl"] == 0  # B = 0: the policy is the base model to the bit
+        assert m["kl"] == 0  # B = 0: the policy equals the base model bit for bit
         assert m["grad_norm"] > 0
 
 
@@ -98,7 +64,7 @@ def test_with_lr_0_no_arm_clips(small, loss):
 
 @pytest.mark.slow
 def test_the_first_ratio_of_every_step_is_exactly_1(small, monkeypatch):
-    """Also after the weights have moved: old_logp is this step's."""
+    """The null also holds after the weights have moved, because old_logp is this step's."""
     first = []
     policy_loss = trainer.grpo.policy_loss
 
@@ -135,7 +101,7 @@ def weights(folder):
 
 
 def test_sgd_steps_along_the_gradient(small):
-    """Plain SGD: the adapter moves by -lr times the gradient, as clipped, of each update."""
+    """With plain SGD, each update moves the adapter by -lr times the clipped gradient."""
     cfg = replace(small, optimizer="sgd", lr=0.5, steps=1, updates_per_step=1, max_grad_norm=1e9)
     (m,) = train(cfg)
     tensors = weights(cfg.out_dir)
@@ -147,7 +113,7 @@ def test_sgd_steps_along_the_gradient(small):
 
 @pytest.mark.slow
 def test_evals_have_a_budget_of_their_own(small):
-    """Trained on one token, measured on longer answers."""
+    """A run trained on one token and evaluated on longer answers."""
     cfg = replace(small, max_new_tokens=1, eval_every=2, eval_temperature=1.0)
     short, whole = (
         train(replace(cfg, eval_new_tokens=n, out_dir=f"{small.out_dir}{n}")) for n in (0, 60)
@@ -164,7 +130,7 @@ def test_resumed_equals_uninterrupted(small, lora_r):
     whole = train(replace(cfg, out_dir=small.out_dir + "whole"))
     train(replace(cfg, steps=2))
     with open(f"{cfg.out_dir}/metrics.jsonl", "a") as file:
-        file.write('{"step": 3, "reward": 9}\n{"step": 4, "rew')  # a crash after the checkpoint
+        file.write('{"step": 3, "reward": 9}\n{"step": 4, "rew')  # as after a crash
     resumed = train(replace(cfg, resume=True))
     assert comparable(resumed) == comparable(whole)
     assert comparable(read_jsonl_of(cfg)) == comparable(whole)
@@ -176,7 +142,7 @@ def test_resumed_equals_uninterrupted(small, lora_r):
 
 @pytest.mark.slow
 def test_a_resumed_run_keeps_its_schedules(small, monkeypatch):
-    """Stopped within the third of four steps, its checkpoint at the second."""
+    """A run stopped within the third of four steps, with a checkpoint at the second."""
     cfg = replace(
         small,
         steps=4,
@@ -215,17 +181,17 @@ def test_a_folder_with_a_run_is_refused_and_resume_says_what_changed(small, caps
     train(small)
     with pytest.raises(UserError, match="--resume=True"):
         train(small)
-    with pytest.raises(UserError, match="lora_r was 4 and is now 8"):
+    with pytest.raises(UserError, match="lora_r.* 4 .* 8"):
         train(replace(small, lora_r=8, resume=True))
     train(replace(small, steps=3, clip="off", resume=True))
     out = capsys.readouterr().out
-    assert 'clip was "both", from here on "off"' in out and "steps was 2" in out
-    with pytest.raises(UserError, match="nothing to resume"):
+    assert "clip was" in out and "steps was" in out
+    with pytest.raises(UserError, match="resume"):
         train(replace(small, out_dir=small.out_dir + "new", resume=True))
 
 
 @pytest.mark.slow
-def test_a_run_from_before_a_knob_existed_goes_on(small, capsys):
+def test_a_run_from_before_a_setting_existed_goes_on(small, capsys):
     train(small)
     path = f"{small.out_dir}/config.json"
     with open(path) as file:
@@ -250,7 +216,7 @@ def test_a_setting_that_is_gone_does_not_stop_a_resume(small):
 def test_two_runs_in_one_folder(small):
 
     with RunFolder(Path(small.out_dir), {"model": "x"}, resume=False):
-        with pytest.raises(UserError, match="another process"):
+        with pytest.raises(UserError, match=small.out_dir):
             train(small)
     assert len(train(small)) == 2
 
@@ -260,7 +226,7 @@ def test_a_damaged_state_is_one_line(small):
     train(small)
     with open(f"{small.out_dir}/state.safetensors", "wb") as file:
         file.write(b"half a state")
-    with pytest.raises(UserError, match="not a state of this run"):
+    with pytest.raises(UserError, match="state.safetensors"):
         train(replace(small, resume=True))
 
 
@@ -296,7 +262,7 @@ def test_metrics_samples_and_config_are_there(small):
 
 @pytest.mark.slow
 def test_logged_reward_is_the_trained_one_and_random_is_the_same_again(small):
-    """The fault: an unseeded random reward drawn once to train on and again to log."""
+    """Guards against an unseeded random reward that is drawn once to train and again to log."""
     a = train(small)
     b = train(replace(small, out_dir=small.out_dir + "b"))
     assert comparable(a) == comparable(b)
@@ -311,7 +277,7 @@ CONFIGS = sorted((configurator.PROJECT / "config").glob("*.py"))
 
 @pytest.mark.parametrize("file", [path.stem for path in CONFIGS])
 def test_every_reward_config_runs(small, tiny_random, tmp_path, file):
-    """One step each, from its file, on the untrained tiny world with labels that are wrong."""
+    """Run one step of each experiment file on the untrained tiny world with wrong labels."""
     labelled = labels_file(tiny_random, tmp_path, right=0)
     experiment, _ = configurator.configure(Config, [f"config/{file}.py"])
     cfg = replace(
@@ -328,7 +294,7 @@ def test_every_reward_config_runs(small, tiny_random, tmp_path, file):
 
 
 def labels_file(world, folder, right: int, wrong: int = 8) -> str:
-    """The world's first training problems, so many with a right and a wrong label, one without."""
+    """Write problems: `right` with a right label, `wrong` with a wrong one, one without."""
     with open(f"{world}/train.jsonl") as file:
         rows = [json.loads(next(file)) for _ in range(right + wrong + 1)]
     for i, row in enumerate(rows[:-1]):
@@ -338,12 +304,16 @@ def labels_file(world, folder, right: int, wrong: int = 8) -> str:
     return str(path)
 
 
+def warnings_with(word: str, printed: str) -> list[str]:
+    return [line for line in printed.splitlines() if "warning:" in line and word in line]
+
+
 @pytest.mark.slow
 def test_a_reward_that_tells_nobody_apart_is_warned_of_once(small, capsys):
     train(replace(small, reward="no_repetition", steps=7, prompts_per_step=1))
-    assert capsys.readouterr().out.count("gave each group one value for five steps") == 1
+    assert len(warnings_with("reward=no_repetition", capsys.readouterr().out)) == 1
     train(replace(small, steps=5, prompts_per_step=1, out_dir=small.out_dir + "2"))
-    assert "gave each group" not in capsys.readouterr().out
+    assert not warnings_with("reward=", capsys.readouterr().out)
 
 
 def test_labels_reach_the_rewards_and_incorrect_keeps_the_wrong_ones(
@@ -351,16 +321,14 @@ def test_labels_reach_the_rewards_and_incorrect_keeps_the_wrong_ones(
 ):
     cfg = replace(small, train_data=labels_file(tiny_random, tmp_path, right=5, wrong=3), steps=1)
     (m,) = train(replace(cfg, reward="majority"))
-    assert "train: 8 problems (dropped: 0 in the eval set, 1 without a label," in (
-        out := capsys.readouterr().out
-    ), out
+    assert "train: 8 problems" in capsys.readouterr().out  # 1 has no label
     assert {"majority/mean", "incorrect/auroc", "majority(online)/flat"} <= set(m)
     train(replace(cfg, reward="incorrect & ~python", out_dir=small.out_dir + "i"))
-    assert "train: 3 problems" in (out := capsys.readouterr().out) and "5 with a right label" in out
-    with pytest.raises(UserError, match=r"train_data=.* has no majority labels: .*--labels="):
+    assert "train: 3 problems" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"train_data=.*--labels="):
         train(replace(small, reward="majority", out_dir=small.out_dir + "n"))
     right = labels_file(tiny_random, tmp_path, right=2, wrong=0)
-    with pytest.raises(UserError, match="every label in .* is right"):
+    with pytest.raises(UserError, match=right):
         train(replace(cfg, train_data=right, reward="incorrect", out_dir=small.out_dir + "r"))
 
 
@@ -371,17 +339,17 @@ def test_one_shot_fills_the_batch_with_one_problem(small, capsys, monkeypatch):
     train(replace(small, one_shot="7", steps=1))
     (r,) = seen
     assert len({p.problem for p in r.problem}) == 1 and r.problem[0].id == "7"
-    assert r.prompt_index.tolist() == [i // 8 for i in range(32)]  # still four groups of their own
+    assert r.prompt_index.tolist() == [i // 8 for i in range(32)]  # there are still four groups
     assert len(set(r.text)) > 8 and trainer.grpo.advantages is advantages
-    assert "one problem, duplicated: 'Start: " in capsys.readouterr().out
-    with pytest.raises(UserError, match="one_shot=add: .* problems"):
+    assert r.problem[0].problem[:20] in capsys.readouterr().out
+    with pytest.raises(UserError, match="one_shot=add"):
         train(replace(small, one_shot="add", out_dir=small.out_dir + "2"))
 
 
 def test_every_problem_is_used_once_before_any_comes_back(
     small, tiny_random, tmp_path, monkeypatch
 ):
-    """10 problems, 4 a step: steps 1 to 5 are two epochs, and the first step begins the first."""
+    """With 10 problems and 4 per step, steps 1 to 5 are exactly two epochs."""
     with open(f"{tiny_random}/train.jsonl") as file:
         (tmp_path / "ten.jsonl").write_text("".join(next(file) for _ in range(10)))
     seen = []
@@ -406,7 +374,7 @@ def test_pi_1_is_found_by_its_content_or_restated():
 
 
 def test_every_reward_is_logged_at_weight_0(small, monkeypatch):
-    """Of what is logged: the very values of these rollouts, in the group's own statistics."""
+    """The logged metrics equal those computed from the rollouts by hand."""
     seen = []
     monkeypatch.setattr(trainer, "describe", spy_rollouts(seen, trainer.describe))
     history = train(small)
@@ -419,10 +387,10 @@ def test_every_reward_is_logged_at_weight_0(small, monkeypatch):
         assert m["length/flat"] == (groups.amin(1) == groups.amax(1)).float().mean()
         assert m["accuracy"] == m["ground_truth/mean"] == 0 and m["length/auroc"] is None
         assert m["random/mean"] == rewards.parse("random")(r).mean()
-        assert "majority/mean" not in m and "cross_model/mean" not in m  # no label, no model
+        assert "majority/mean" not in m and "cross_model/mean" not in m  # no label, no second model
         assert m["random/mean"] == m["reward"] and m["random/std"] == m["reward_std"]
     first, second = history
-    # with B = 0 the policy is the base; after an update it is not
+    # With B = 0 the policy equals the base model. After an update it does not.
     assert first["self_certainty/mean"] == first["self_certainty(base)/mean"]
     assert second["self_certainty/mean"] != second["self_certainty(base)/mean"]
 
@@ -451,14 +419,14 @@ def test_offline_self_certainty_is_that_of_the_untouched_base(small, tiny_random
         assert (r.self_certainty - stats.self_certainty).abs().max() > 1e-3
 
 
-# -------------------------------------------------------------------------------- the loss's knobs
+# -------------------------------------------------------------------------- settings of the loss
 
 STUDY = sorted((configurator.PROJECT / "config" / "study").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", STUDY, ids=lambda path: path.stem)
 def test_study_configs_warn_of_nothing(path):
-    """Neither by themselves, nor at the tiny scale, typed in either order; and name the run."""
+    """They warn neither alone nor at the tiny scale, in either order, and they name the run."""
     for scale in ("config/model/tiny.py", "config/model/qwen2.5_math_1.5b_paper.py"):
         for argv in ([str(path), scale], [scale, str(path)]):
             cfg, sources = configurator.configure(Config, argv)
@@ -491,21 +459,21 @@ TIGHT = {"clip_low": 1e-4, "clip_high": 1e-4}
     ],
     ids=lambda changes: "-".join(f"{k}={v}" for k, v in changes.items()) or "default",
 )
-def test_every_knob_of_the_loss_acts(one_step, base, changes):
+def test_every_setting_of_the_loss_acts(one_step, base, changes):
     a, b = one_step(base), one_step(base | changes)
     assert any((a[k] - b[k]).abs().max() > 1e-6 for k in a)
 
 
 @pytest.fixture(scope="module")
 def one_step(tiny_random, tmp_path_factory):
-    """changes -> the adapter after one step of such a run; each is made once."""
+    """A function: changes -> the adapter after one step of a run with them. Cached."""
     done = {}
 
     def run(changes):
         key = repr(sorted(changes.items()))
         if key not in done:
-            folder = str(tmp_path_factory.mktemp("knob") / "run")
-            train(replace(small_config(tiny_random, folder), steps=1, **changes))
+            folder = str(tmp_path_factory.mktemp("setting") / "run")
+            train(run_config(tiny_random, folder, **{"steps": 1} | changes))
             done[key] = weights(folder)
         return done[key]
 
@@ -514,7 +482,7 @@ def one_step(tiny_random, tmp_path_factory):
 
 @pytest.mark.slow
 def test_one_update_a_step_makes_all_arms_one(one_step):
-    """At the same aggregation, up to rounding; the clip arms to the bit."""
+    """The clip arms agree bit for bit, and all losses up to rounding, with one aggregation."""
     base = {"updates_per_step": 1, "loss_agg": "seq_mean"}
     plain = one_step(base)
     for clip in ("high", "low", "off"):
@@ -559,7 +527,7 @@ def test_early_warnings():
     assert "gave each group one value" in early_warning(cfg, [flat] * 5)
     assert early_warning(replace(cfg, adv_norm="raw"), [flat] * 5) == ""
     assert early_warning(cfg, [flat] * 4 + [idle]) == early_warning(cfg, []) == ""
-    # Where nearly every response is cut off, that is the cause, and not the flat groups.
+    # If nearly every response is cut off, the warning names this cause and not the flat groups.
     cut = {"truncated": 0.97}
     for changes, row in (({}, flat), ({"truncated": "zero"}, flat), ({"truncated": "mask"}, idle)):
         line = early_warning(replace(cfg, **changes), [row | cut] * 5)
@@ -574,7 +542,7 @@ def test_a_clip_that_nothing_meets_is_warned_of_once(small, capsys):
     cfg = replace(small, steps=11, lr=1e-9, prompts_per_step=1, max_new_tokens=4)
     cfg = replace(cfg, updates_per_step=2)
     train(cfg)
-    assert capsys.readouterr().out.count("nothing was clipped in 10 steps") == 1
+    assert len(warnings_with("clip=", capsys.readouterr().out)) == 1
 
 
 # ----------------------------------------------------------------------------- what enters the loss
@@ -599,7 +567,7 @@ def rollouts(tokenizer_end=0):
 
 
 def sgd_step(model, cfg, parts, r, advantage):
-    """The adapter's movement in one SGD update of train.update."""
+    """How far one SGD update of train.update moves the adapter."""
     before = {k: v.detach().clone() for k, v in trainable(model).items()}
     trainer.score(model, r, parts, replace(cfg, base_every=2))
     optimizer = torch.optim.SGD(trainable(model).values(), lr=1.0)
@@ -634,7 +602,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(adapted, small, loss_ag
 
 
 def test_the_end_token_is_trained_although_it_is_the_padding_token(adapted, small):
-    """An SGD step of row 0 is the gradient of the mean of both its tokens, computed apart."""
+    """An SGD step on row 0 equals the gradient of the mean over both its tokens."""
     r = rollouts()
     assert r.tokens[0].tolist() == [5, 6, 7, 0, 0] and r.length[0] == 2  # 7, then the end token 0
     moved = sgd_step(
@@ -800,14 +768,14 @@ def test_a_setting_that_cannot_act_warns_once(changes, word):
     "changes,word",
     [
         ({"group_size": 0}, "group_size=0"),
-        ({"group_size": 1, "adv_norm": "leave_one_out"}, "there are no others"),
+        ({"group_size": 1, "adv_norm": "leave_one_out"}, "adv_norm=leave_one_out"),
         ({"cispo_cap": 1.0}, "cispo_cap=1.0"),
         ({"base_every": 0}, "base_every=0"),
-        ({"prompts_per_step": 1, "group_size": 4}, "only 4 responses"),
+        ({"prompts_per_step": 1, "group_size": 4}, "updates_per_step=8"),
         ({"lora_r": 0, "quant": "nf4"}, "--quant=none"),
         ({"lora_r": 0, "quant": "none", "dtype": "bfloat16"}, "--dtype=float32"),
         ({"temperature": 0.0}, "temperature"),
-        ({"max_new_tokens": 1000}, "256 positions"),
+        ({"max_new_tokens": 1000}, "max_new_tokens"),
         ({"max_prompt_tokens": 2}, "max_prompt_tokens"),
         ({"reward": "formt"}, "format"),
         ({"train_data": "no/such.jsonl"}, "no/such.jsonl"),
@@ -822,13 +790,13 @@ def test_mistakes_are_one_line_and_leave_no_run_behind(small, changes, word, tmp
 
 
 def test_the_whole_eval_set_is_kept_out_of_training_whatever_eval_n(small, tiny_random, capsys):
-    with pytest.raises(UserError, match="every problem is in eval_data"):
+    with pytest.raises(UserError, match="eval_data"):
         train(replace(small, train_data=f"{tiny_random}/test.jsonl", eval_n=10))
     with open(f"{tiny_random}/test.jsonl") as a, open(f"{small.out_dir}.jsonl", "w") as b:
         b.write(a.read())
         b.write('{"problem": "Start: 1 add 1?", "answer": "2"}\n')
     train(replace(small, train_data=f"{small.out_dir}.jsonl", eval_n=10))
-    assert "train: 1 problems (dropped: 500 in the eval set" in capsys.readouterr().out
+    assert "train: 1 problems" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -845,7 +813,7 @@ def test_threads_are_set_and_a_small_model_has_one(small):
 def test_no_cuda_means_the_tiny_scale(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     scale, reason = choose_scale({})
-    assert scale.endswith("tiny.py") and "no CUDA" in reason and "config/model" in reason
+    assert scale.endswith("tiny.py") and "CUDA" in reason and "config/model" in reason
 
 
 # --------------------------------------------------------------------------------------- real model
@@ -854,25 +822,19 @@ def test_no_cuda_means_the_tiny_scale(monkeypatch):
 @pytest.mark.slow
 def test_a_real_model_on_real_problems(shared, tmp_path):
     """stories260K in NF4 on MATH problems, from text to an updated adapter."""
-    cfg = Config(
-        model=str(shared / "models" / "stories260K"),
+    cfg = run_config(
+        str(shared / "models" / "stories260K"),
+        tmp_path / "run",
         quant="nf4",
-        lora_r=4,
-        lora_alpha=8,
         train_data=str(shared / "data" / "math_train" / "train.jsonl"),
         eval_data=str(shared / "data" / "math500" / "test.jsonl"),
-        prompt="none",
         max_prompt_tokens=64,
         max_new_tokens=16,
-        reward="random(0.5)",
-        steps=2,
-        prompts_per_step=4,
         group_size=4,
         lr=1e-3,
         eval_every=2,
         eval_n=4,
-        device="cpu",
-        out_dir=str(tmp_path / "run"),
+        dtype="auto",
     )
     history = train(cfg)
     assert [m["step"] for m in history] == [0, 1, 2] and history[-1]["kl"] > 0

@@ -1,9 +1,9 @@
-"""How long a hostile answer can hold the caller: answers made of pieces of LaTeX, graded in bulk.
+"""Measure how long a hostile answer can hold up the trainer, on answers made of pieces of LaTeX.
 
     python -m tools.fuzz_grader --n=100000
 
-Only the caller's side is timed: finding the answer, the repetition check, and `quick_verdict`.
-What that leaves open goes to worker processes, which are killed after a second.
+It times what runs in the trainer's process: finding the answer, the repetition check, and
+`quick_verdict`. The rest runs in worker processes, which are killed after a second.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PIECES = (
 
 
 def answers(seed: int) -> Iterator[str]:
-    """Endless answers of a few pieces, one in three of them with a piece repeated many times."""
+    """Endless random answers. In one of three, a few pieces are repeated many times."""
     rng = random.Random(seed)
     while True:
         pieces = rng.choices(PIECES, k=rng.choice((3, 8, 20, 60)))
@@ -41,7 +41,7 @@ def answers(seed: int) -> Iterator[str]:
 
 
 def longest(n: int, seed: int = 0) -> tuple[float, tuple[str, str]]:
-    """The most processor time in seconds that one of n pairs took the caller, and that pair."""
+    """The longest processor time of n pairs in the calling process, in seconds, and its pair."""
     found, worst, source = 0.0, ("", ""), answers(seed)
     for _ in range(n):
         answer, gold = next(source), next(source)[:500]
@@ -61,4 +61,4 @@ def longest(n: int, seed: int = 0) -> tuple[float, tuple[str, str]]:
 if __name__ == "__main__":
     options = dict(option.removeprefix("--").split("=", 1) for option in sys.argv[1:])
     seconds, pair = longest(int(options.get("n", 100_000)), int(options.get("seed", 0)))
-    print(f"longest on the caller's side: {1000 * seconds:.1f} ms, for {pair[0][:80]!r}")
+    print(f"longest time in the calling process: {1000 * seconds:.1f} ms, for {pair[0][:80]!r}")

@@ -1,20 +1,20 @@
-"""How far rounding alone moves a model's log-ratios: the floor under every clip fraction.
+"""Measure how far rounding alone moves a model's log-ratios. Smaller clip fractions mean nothing.
 
     python -m tools.noise --model=FOLDER
     python -m tools.noise --model=FOLDER --quant=nf4 --clip_low=0.1 --clip_high=0.1
-    python -m tools.noise --model=FOLDER --dtype=float32     (what the update itself moves)
+    python -m tools.noise --model=FOLDER --dtype=float32     (the effect of the update itself)
 
-The model answers a few problems. Its responses are scored in one micro-batch, and then again
+The model answers a few problems. Its responses are scored in one micro-batch, and then again:
 
-    shape     by the same weights, one response at a time: the ratios should all be 1;
-    update    in the first shape, after every trained weight has moved by lr against the sign of
-              its gradient, as AdamW's first update moves it. --dtype=float32 shows how far that
-              moves the true ratios: on SmolLM2-135M by 1.5e-4 and 1.5e-3, where bf16 shows .03
-              and .04. The rest is rounding.
+    shape     with the same weights, one response at a time. All ratios should be 1.
+    update    in one micro-batch, after every trained weight has moved by lr against the sign of its
+              gradient, as in AdamW's first update. --dtype=float32 shows how far this moves the
+              true ratios: by 1.5e-4 and 1.5e-3 on SmolLM2-135M, where bf16 shows .03 and .04. The
+              difference is rounding.
 
-Shown are the spread of the log-ratios and the share of tokens outside the clip's band, once with
-logits in fp32, as nanoRLVR computes them, and once with these rounded to bf16, as a head in bf16
-gives them. A clip fraction in the order of that share says nothing about the clip. The last line
+The table has the spread of the log-ratios and the share of tokens outside the clip's band, first
+with logits in fp32, as nanoRLVR computes them, then with logits rounded to bf16, as a head in bf16
+returns them. A clip fraction as small as that share says nothing about the clip. The last line
 printed is one JSON object.
 """
 
@@ -58,10 +58,10 @@ class NoiseConfig:
     prompt: str = ""  # prompt format; "" = qwen_math where there is a chat template, else none
     group: int = 2  # responses to each of the four problems
     max_new_tokens: int = 64  # response budget, tokens
-    temperature: float = 1.0  # of sampling and scoring
-    clip_low: float = 0.2  # the band begins at 1 - clip_low
-    clip_high: float = 0.2  # and ends at 1 + clip_high
-    seed: int = 0  # of samples and advantages
+    temperature: float = 1.0  # for sampling and scoring
+    clip_low: float = 0.2  # the clip's band begins at 1 - clip_low
+    clip_high: float = 0.2  # the band ends at 1 + clip_high
+    seed: int = 0  # for samples and advantages
     device: str = "auto"  # auto = cuda where there is one, else cpu
     threads: int = 0  # torch's on the CPU; 0 = as train.py sets them
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of weights or, with nf4, computation
@@ -69,7 +69,7 @@ class NoiseConfig:
 
 @contextmanager
 def bf16_logits() -> Iterator[None]:
-    """Inside, scores are made of logits that were rounded to bf16 once."""
+    """Within this context, logits are rounded to bf16 before scores are computed."""
     ours = model_module.logits
     model_module.logits = lambda head, hidden: ours(head, hidden).bfloat16().float()
     try:
@@ -80,11 +80,12 @@ def bf16_logits() -> Iterator[None]:
 
 @contextmanager
 def as_computed() -> Iterator[None]:
+    """Within this context, logits stay as they are."""
     yield
 
 
 def scores(model: nn.Module, g: Generation, cfg: NoiseConfig, at_once: int) -> TokenStats:
-    """Statistics [B, R] of all responses, at_once of them a micro-batch; no gradients."""
+    """Statistics [B, R] of all responses, scored at_once at a time, without gradients."""
     R, rows = int(g.length.max()), range(len(g.length))
     found = {name: torch.zeros(len(rows), R) for name in STATISTICS}
     for start in rows[::at_once]:
@@ -99,7 +100,7 @@ def scores(model: nn.Module, g: Generation, cfg: NoiseConfig, at_once: int) -> T
 
 
 def signs(model: nn.Module, g: Generation, cfg: NoiseConfig) -> dict[str, torch.Tensor]:
-    """Sign of the gradient of a policy loss with advantages of 1 and -1, by parameter."""
+    """Parameter -> sign of the gradient of a policy loss with random advantages of 1 and -1."""
     generator = torch.Generator().manual_seed(cfg.seed)
     advantage = torch.randint(0, 2, (len(g.length),), generator=generator) * 2.0 - 1
     for i in range(len(g.length)):
@@ -113,7 +114,7 @@ def signs(model: nn.Module, g: Generation, cfg: NoiseConfig) -> dict[str, torch.
 
 @contextmanager
 def moved(model: nn.Module, direction: dict[str, torch.Tensor], lr: float) -> Iterator[None]:
-    """Inside, every trained weight stands lr against its direction."""
+    """Within this context, every trained weight is moved by lr against its direction."""
     parameters = trainable(model)
     before = {name: parameters[name].detach().clone() for name in direction}
     with torch.no_grad():
@@ -128,7 +129,7 @@ def moved(model: nn.Module, direction: dict[str, torch.Tensor], lr: float) -> It
 
 
 def compare(old: TokenStats, new: TokenStats, mask: torch.Tensor, cfg: NoiseConfig) -> dict:
-    """Spread of log-ratios and of the other statistics' differences; share outside the band."""
+    """Spread of the log-ratios and of other differences, and the share outside the band."""
     gap = {name: (getattr(new, name) - getattr(old, name))[mask] for name in STATISTICS}
     ratio = gap["logp"].exp()
     outside = (ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)
@@ -142,7 +143,7 @@ def compare(old: TokenStats, new: TokenStats, mask: torch.Tensor, cfg: NoiseConf
 
 
 def measure(cfg: NoiseConfig) -> dict:
-    """The configuration, the number of response tokens, and one row for each comparison."""
+    """The settings, the number of response tokens, and one row per comparison."""
     name = tiny.resolve(cfg.model)
     device, dtype = choose_device(cfg.device, cfg.dtype, name)
     tokenizer = load_tokenizer(name)
@@ -183,6 +184,7 @@ def measure(cfg: NoiseConfig) -> dict:
 
 
 def table(result: dict) -> str:
+    """One line per comparison."""
     low, high = 1 - result["clip_low"], 1 + result["clip_high"]
     lines = [
         f"{'':<16}{'logits':>8}{'sd of log ratio':>18}{'largest':>10}"
@@ -198,7 +200,7 @@ def table(result: dict) -> str:
 
 
 def check(cfg: NoiseConfig) -> None:
-    """Refuse what cannot be measured (UserError)."""
+    """Raise UserError for a setting that cannot be measured."""
     if min(cfg.group, cfg.max_new_tokens) < 1 or cfg.temperature <= 0:
         raise UserError("group and max_new_tokens must be at least 1, temperature above 0")
     if min(cfg.lora_r, cfg.seed, cfg.threads, cfg.clip_low, cfg.clip_high) < 0:

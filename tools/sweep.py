@@ -1,26 +1,27 @@
-"""Grids times seeds: run every arm at every seed, and compare the arms pair by pair.
+"""Run a grid of settings, several seeds each, and compare the arms pair by pair.
 
     python -m tools.sweep config/random_reward.py config/model/tiny.py --seeds=8 \\
         --clip=both,off --lr=1e-4,3e-4 --out=out/clip
     python -m tools.sweep config/ground_truth.py config/format.py config/model/tiny.py --seeds=5
 
-Every key of train.py takes a comma list; each combination is an arm, and so is each experiment
-file. Commas within parentheses or quotes do not split: --adam_betas=(.9,.95),(.9,.999). The runs
-lie in OUT/ARM/seedN and are made seed by seed, so that a half-done sweep has every arm. The same
-command goes on with a sweep that was stopped, and adds to it where it asks for more seeds.
+Every key of train.py takes a comma list. Each combination is an arm, and so is each experiment
+file. Commas within parentheses or quotes do not split: --adam_betas=(.9,.95),(.9,.999). Runs are in
+OUT/ARM/seedN. They run seed by seed, so a half-finished sweep has every arm. The same command
+continues a sweep that was stopped, and adds runs if it asks for more seeds.
 
-A learning rate is found by the clip fraction, near 1e-3 (README, "Learning rate"):
+To find a learning rate, look for a clip fraction near 1e-3 (docs/TRAINING.md):
 
     python -m tools.sweep config/random_reward.py config/model/tiny.py --lr=1e-5,1e-4,1e-3 \\
         --steps=10 --seeds=2 --eval_every=0 --report=clip_frac,kl,accuracy --out=out/lr
 
-OUT gets table.md and figure.png; the last line printed is JSON. `--only_report=True --out=OUT`
-reports on what is complete, without running, also beside a sweep that runs; --pool=OTHER adds the
-seeds of another sweep of the same arms. The two may differ in some keys (model=tiny and tiny_bad,
-say), the same of every arm, and the table names them. --average=reward takes arms that differ in
-their reward for one, and the mean of a seed's runs for one measurement: with
---reward='random(0.5),~random(0.5)', where the same coins lie the other way, what a run owes to its
-coins largely cancels.
+The report is OUT/table.md and OUT/figure.png; the last line printed is JSON.
+
+`--only_report=True --out=OUT` runs nothing and reports on the complete runs, even while the sweep
+is running. --pool=OTHER adds the seeds of another sweep of the same arms. The two sweeps may differ
+in some settings, such as model=tiny and tiny_bad, if all arms differ in the same ones; the table
+names them. --average=reward merges arms that differ only in their reward: the mean of a seed's runs
+is one measurement. With --reward='random(0.5),~random(0.5)', which flips the same coins both ways,
+the effect of the coins largely cancels.
 """
 
 import itertools
@@ -43,23 +44,23 @@ from tools.parts.sweep_runs import load_sweep_arm
 
 @dataclass
 class SweepConfig:
-    """Grids times seeds: with [config/EXPERIMENT.py ...] [config/model/SCALE.py] [--KEY=A,B,...]"""
+    """Run a grid: [config/EXPERIMENT.py ...] [config/model/SCALE.py] [--KEY=A,B,...]"""
 
-    seeds: int = 3  # runs an arm
-    first_seed: int = 0  # they are first_seed, first_seed + 1, ...
-    out: str = "out/sweep"  # folder of the runs, the table and the figure
+    seeds: int = 3  # runs per arm
+    first_seed: int = 0  # the seeds are first_seed, first_seed + 1, ...
+    out: str = "out/sweep"  # folder for the runs, the table and the figure
     jobs: int = 0  # runs at a time; 0 = one on CUDA, else as many as cores and memory allow
     report: tuple[str, ...] = REPORT  # keys of metrics.jsonl; clip_frac = low + high
-    last: int = 10  # steps at the end of a run whose mean is reported (of eval_* and clip_* not)
-    average: str = ""  # a key with a list, over whose values each seed's runs are averaged
-    only_report: bool = False  # report on the complete runs of out, run nothing
-    pool: tuple[str, ...] = ()  # more folders of the same arms, whose runs are further seeds
+    last: int = 10  # steps at the end of a run to average (not for eval_* and clip_*)
+    average: str = ""  # a key with a list: average each seed's runs over its values
+    only_report: bool = False  # run nothing, report on the complete runs in out
+    pool: tuple[str, ...] = ()  # more folders of the same arms, whose runs count as further seeds
 
 
 def split_list(text: str, is_tuple: bool = False) -> list[str]:
-    """The items of a comma list; commas within brackets or quotes belong to an item.
+    """The items of a comma list. Commas within brackets or quotes belong to an item.
 
-    is_tuple: of a key whose value is itself a tuple, whose items then stand in parentheses.
+    is_tuple: whether each value is a tuple. Then the items of a list need parentheses.
     """
     items, depth, quote = [""], 0, ""
     for c in text:
@@ -76,9 +77,9 @@ def split_list(text: str, is_tuple: bool = False) -> list[str]:
 
 
 def arms_of(argv: Sequence[str]) -> dict[str, list[str]]:
-    """The arms of a command line (less the sweep's own options): name -> train.py arguments.
+    """The arms of a command line without the sweep's own options: name -> train.py arguments.
 
-    A name is made of what differs: the experiment file, and KEY=VALUE of each key with a list.
+    A name consists of what differs: the experiment file, and KEY=VALUE of each key with a list.
     """
     types = get_type_hints(Config)
     scale, experiments, lists, fixed = [], [], {}, []
@@ -87,15 +88,16 @@ def arms_of(argv: Sequence[str]) -> dict[str, list[str]]:
             (scale if Path(arg).absolute().parent.name == "model" else experiments).append(arg)
             continue
         if not re.match(r"--\w+=", arg):
-            fixed.append(arg)  # train.py's reader says what is wrong with it
+            fixed.append(arg)  # `configure` will say what is wrong with it
             continue
         key, _, text = arg[2:].partition("=")
         values = split_list(text, get_origin(types.get(key)) is tuple)
         if key in ("seed", "out_dir", "resume"):
             instead = {"seed": "--seeds=N", "out_dir": "--out=FOLDER"}.get(key)
-            raise UserError(f"{arg}: the sweep sets it" + (f": use {instead}" if instead else ""))
+            advice = f"use {instead}" if instead else "leave it out"
+            raise UserError(f"{arg}: the sweep sets {key}: {advice}")
         if key in lists:
-            raise UserError(f"{arg}: {key} is already given: keep one")
+            raise UserError(f"{arg}: {key} is given twice: keep one")
         if len(values) == 1:
             fixed.append(arg)
         elif "" in values:
@@ -107,16 +109,18 @@ def arms_of(argv: Sequence[str]) -> dict[str, list[str]]:
     arms: dict[str, list[str]] = {}
     for choice in itertools.product(experiments or [""], *options):
         experiment, *chosen = choice
-        parts = [Path(experiment).stem] * (several or not chosen) + [c[2:] for c in chosen]
+        parts = [c.removeprefix("--") for c in chosen]
+        if several or not chosen:
+            parts.insert(0, Path(experiment).stem)
         name = re.sub(r"[^\w.,=+~-]+", "_", ",".join(filter(None, parts))).strip("_") or "train"
         if name in arms:
-            raise UserError(f"two arms are named {name}: rename a file, or drop a doubled value")
+            raise UserError(f"two arms are named {name}: rename a file, or remove a repeated value")
         arms[name] = [*filter(None, [experiment]), *scale, *fixed, *chosen]
     return arms
 
 
 def plan(cfg: SweepConfig, argv: Sequence[str]) -> list[Job]:
-    """The runs, seed by seed. Raises UserError for a wrong setting of any of them."""
+    """The runs, seed by seed. Raises UserError if a setting of any of them is wrong."""
     arms = arms_of(argv)
     seen: dict[str, str] = {}
     for name, args in arms.items():
@@ -125,7 +129,7 @@ def plan(cfg: SweepConfig, argv: Sequence[str]) -> list[Job]:
             print(f"warning: {name}: {warning}")
         twin = seen.setdefault(json.dumps(asdict(config) | {"out_dir": ""}), name)
         if twin != name:
-            raise UserError(f"{name} and {twin} are the same configuration: drop one")
+            raise UserError(f"{name} and {twin} are the same configuration: remove one")
     seeds = range(cfg.first_seed, cfg.first_seed + cfg.seeds)
     return [
         Job(Path(cfg.out) / name / f"seed{seed}", [*args, f"--seed={seed}"])
@@ -151,14 +155,14 @@ def main(argv: list[str]) -> None:
         for job in jobs:
             state(job)
         for folder, job in {job.folder.parent: job for job in jobs}.items():
-            load_sweep_arm(folder, as_saved(job.config))  # seeds that are there, but not asked for
+            load_sweep_arm(folder, as_saved(job.config))  # also checks runs of further seeds
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         write_json(Path(cfg.out) / "sweep.json", {"arms": arms, "argv": argv})
         run_all(jobs, at_once, Path(cfg.out))
     elif rest:
         raise UserError(
-            f"{rest[0]}: only_report reads the folder: its options are --out, --report, "
-            "--last, --average and --pool"
+            f"{rest[0]}: has no effect with only_report: use --out, --report, --last, --average "
+            "and --pool only"
         )
     pool = [Path(folder) for folder in cfg.pool]
     print(json.dumps(write_report(Path(cfg.out), cfg.report, cfg.last, cfg.average, pool)))

@@ -82,7 +82,7 @@ def as_saved(config: Config) -> dict:
     return json.loads(json.dumps(asdict(config)))
 
 
-def every_knob(config: dict) -> dict:
+def every_setting(config: dict) -> dict:
     """A run's configuration with every setting. A setting newer than the run has its default."""
     return as_saved(Config()) | config
 
@@ -93,7 +93,7 @@ def differences(a: dict, b: dict, but: Collection[str] = ()) -> dict[str, tuple]
     With but=(*RUN_KEYS, *MEMORY_KEYS), two runs of one arm have no differences. Settings that no
     longer exist are ignored.
     """
-    a, b = every_knob(a), every_knob(b)
+    a, b = every_setting(a), every_setting(b)
     keys = [key for key in as_saved(Config()) if key not in but]
     return {key: (a[key], b[key]) for key in keys if a[key] != b[key]}
 
@@ -112,7 +112,7 @@ def load_arms(folders: Sequence[Path | str]) -> list[Arm]:
     arms: dict[str, Arm] = {}
     seen: dict[tuple, Path] = {}
     for folder in map(Path, folders):
-        config = every_knob(read_config(folder))
+        config = every_setting(read_config(folder))
         name = json.dumps(_without_run_keys(config), sort_keys=True)
         twin = seen.setdefault((name, config.get("seed")), folder)
         if twin is not folder:

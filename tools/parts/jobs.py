@@ -1,7 +1,7 @@
-"""Training runs as processes of train.py, some at a time, each in a folder it can be resumed in.
+"""Run train.py in several processes, for tools.demo and tools.sweep. Each run has its own folder.
 
-What tools.demo and tools.sweep share. A run that is complete is kept, one that was stopped goes on
-from its checkpoint, and one of another configuration is refused.
+A complete run is kept, a stopped run continues from its checkpoint, and a run of another
+configuration is refused.
 """
 
 import ctypes
@@ -38,12 +38,12 @@ from tasks import tiny
 from tools.parts.arms import as_saved, differences
 
 LIBC = ctypes.CDLL(None)
-MEMORY_OF_RUN = 1.5e9  # bytes of a run of the tiny world, libraries included, rounded up
+MEMORY_OF_RUN = 1.5e9  # bytes that a run of the tiny world needs with its libraries, rounded up
 
 
 @dataclass
 class Job:
-    """One run: its folder, its train.py arguments (out_dir excepted), its process once started."""
+    """One run: its folder, its train.py arguments without out_dir, and its process once started."""
 
     folder: Path
     args: list[str]
@@ -51,7 +51,7 @@ class Job:
 
     @cached_property
     def config(self) -> Config:
-        """What train.py will make of the arguments. Raises UserError where they are wrong."""
+        """The configuration that train.py will use. Raises UserError for a wrong argument."""
         return configure(Config, [*self.args, f"--out_dir={self.folder}"], choose_scale)[0]
 
     @property
@@ -65,10 +65,10 @@ class Job:
 
 
 def state(job: Job) -> str:
-    """What is to be done with a run: "new", "resume", "complete", or "restart" (no checkpoint).
+    """The state of a run: "new", "resume", "complete", or "restart" (it has no checkpoint).
 
-    The run's state decides, not its metrics, since a step is logged before it is saved. Raises
-    UserError where the folder is in use or holds a run of another configuration.
+    The checkpoint decides and not the metrics, because a step is logged before it is saved. Raises
+    UserError if the folder is in use or holds a run of another configuration.
     """
     if not (job.folder / "config.json").exists():
         return "new"
@@ -87,7 +87,7 @@ def state(job: Job) -> str:
 
 
 def _wait_until_free(folder: Path, seconds: float = 60.0) -> None:
-    """Wait while a run whose sweep was killed ends its step (see start)."""
+    """Wait for a run whose sweep was killed, until it has ended its step (see start)."""
     deadline, waited = time.monotonic() + seconds, False
     with open(folder / "lock", "a") as lock:
         while True:
@@ -104,8 +104,11 @@ def _wait_until_free(folder: Path, seconds: float = 60.0) -> None:
 
 
 def _settled(key: str, wanted, saved) -> bool:
-    """Whether two values mean the same run: config.json has what memory allowed of what was asked
-    (train.py keeps to it when it resumes), and where a run lies says nothing of it."""
+    """Whether the wanted and the saved value of a setting can belong to the same run.
+
+    config.json has the values that train.py chose to fit the memory, and it keeps them when it
+    resumes. The place of a run does not matter.
+    """
     return (
         key in ("out_dir", "resume")
         or (key == "rollout_weights" and wanted == "auto")
@@ -114,11 +117,13 @@ def _settled(key: str, wanted, saved) -> bool:
 
 
 def start(job: Job) -> None:
-    """Start a run as a process of its own, its output going to the log; on the CPU on one core."""
+    """Start a run as a process that writes to its log. On the CPU it gets one thread."""
     todo = state(job)
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    args = [*job.args, f"--out_dir={job.folder}", *["--resume=True"] * (todo == "resume")]
-    # more threads than cores in all would wait for one another
+    args = [*job.args, f"--out_dir={job.folder}"]
+    if todo == "resume":
+        args.append("--resume=True")
+    # If all runs together had more threads than cores, threads would wait for one another.
     threads = {"OMP_NUM_THREADS": "1"} if _on_cpu(job) else {}
     with open(job.log, "w" if todo == "new" else "a") as log:
         job.process = subprocess.Popen(
@@ -131,20 +136,20 @@ def start(job: Job) -> None:
         )
 
 
-PR_SET_PDEATHSIG = 1  # of Linux' prctl
+PR_SET_PDEATHSIG = 1  # an option of prctl on Linux
 
 
 def _end_with(parent: int) -> None:
-    """In the child: get TERM when the parent dies, also by kill -9. The run then saves and ends."""
+    """In the child: get SIGTERM when the parent dies, even by kill -9, so that the run saves."""
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it has died already
+    if os.getppid() != parent:  # the parent is already dead
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def run_jobs(jobs: Sequence[Job], at_once: int, poll: float = 1.0) -> None:
-    """Run what is not complete. Raises UserError naming the log of a run that fails.
+    """Run the jobs that are not complete. Raises UserError, which names the log, if a run fails.
 
-    However this ends, no process is left behind; a run that was stopped keeps its checkpoint.
+    All processes have ended when this returns or raises. A stopped run keeps its checkpoint.
     """
     waiting = [job for job in jobs if state(job) != "complete"]
     running: list[Job] = []
@@ -180,26 +185,26 @@ def _last_line(log: Path) -> str:
 
 
 def run_all(jobs: Sequence[Job], at_once: int, out: Path) -> None:
-    """run_jobs for a command line: says what is kept; Ctrl-C, TERM and HUP end the runs, too."""
+    """run_jobs for a command: prints what is kept. Ctrl-C, SIGTERM and SIGHUP also end the runs."""
     kept = sum(state(job) == "complete" for job in jobs)
     if kept:
-        print(f"{kept} of {len(jobs)} runs are complete and kept (delete {out} to start anew)")
+        print(f"{kept} of {len(jobs)} runs are complete and kept (delete {out} to start again)")
     if kept == len(jobs):
         return
     out.mkdir(parents=True, exist_ok=True)
-    # built once, before several runs would each do it
+    # Built once here, because otherwise several runs would build it at the same time.
     for name in dict.fromkeys(job.config.model for job in jobs):
         tiny.resolve(name)
     try:
         with StopOnSignal() as stop, stop.at_once():
             run_jobs(jobs, at_once)
     except KeyboardInterrupt:
-        print(f"stopped; the same command goes on, logs are in {out}", file=sys.stderr)
+        print(f"stopped: the same command continues; logs are in {out}", file=sys.stderr)
         raise
 
 
 def how_many(jobs: Sequence[Job]) -> int:
-    """Runs at a time: one on CUDA; else one a core, as far as the free memory reaches."""
+    """The number of runs at a time: one on CUDA, else one per core if the free memory allows."""
     if not all(map(_on_cpu, jobs)):
         return 1
     cores = len(os.sched_getaffinity(0))
@@ -207,7 +212,7 @@ def how_many(jobs: Sequence[Job]) -> int:
 
 
 def available_memory() -> float:
-    """Bytes of memory that a new process can have, of this machine or of its container."""
+    """Bytes of memory that a new process can use, on this machine or in its container."""
     limit = device_memory(torch.device("cpu"))
     info = Path("/proc/meminfo")
     free = re.search(r"MemAvailable: +(\d+) kB", info.read_text()) if info.is_file() else None

@@ -1,7 +1,7 @@
-"""The same work done by others, for tools.bench: transformers' generate, TRL's GRPOTrainer.
+"""The same work done by transformers' generate and TRL's GRPOTrainer, for tools.bench.
 
-Imported only where `--peer` asks for one. Both peers get our weights, prompts and lengths, and
-sample from the same distribution (temperature 1, nothing filtered).
+Imported only if `--peer` asks for one. Both peers get our weights, prompts and lengths, and sample
+from the same distribution (temperature 1, no filter).
 """
 
 import tempfile
@@ -9,6 +9,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,7 +18,6 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedTokenizerBase,
     PrinterCallback,
     TrainerCallback,
 )
@@ -25,14 +26,18 @@ from transformers.utils import logging as hf_logging
 from harness.errors import UserError
 from lora import lora_layers
 from tools.parts.machine import PeakMemory, synchronize
+from tools.parts.workload import Step, even
 
-END = 0  # the token that ends a peer's response, and pads what is behind it
+if TYPE_CHECKING:
+    from tools.bench import BenchConfig
+
+END = 0  # the token that ends a peer's response, and pads it
 
 
 class EndAt(LogitsProcessor):
-    """Let row i end with its budgets[i]-th token, neither earlier nor later.
+    """Makes row i end with its budgets[i]-th token, neither earlier nor later.
 
-    No token in ends, a model's own end tokens, is ever sampled: a real model would stop at them.
+    ends: the model's own end tokens. They are never sampled, because a real model would stop there.
     """
 
     def __init__(
@@ -44,8 +49,8 @@ class EndAt(LogitsProcessor):
         self.prompt_tokens = prompt_tokens
 
     def __call__(self, tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """tokens int64 [n, T], scores [n, V]: in place, since generate hands over a copy."""
-        position = tokens.shape[1] - self.prompt_tokens + 1  # of the token to come, from 1
+        """tokens int64 [n, T]; changes scores [n, V] in place, because generate passes a copy."""
+        position = tokens.shape[1] - self.prompt_tokens + 1  # of the next token, counted from 1
         scores[:, self.never] = -torch.inf
         if position in self.ending:
             rows = (self.budgets == position).nonzero()[:, 0]
@@ -55,7 +60,7 @@ class EndAt(LogitsProcessor):
 
 
 def own_ends(model: nn.Module) -> list[int]:
-    """The tokens at which a model stops by its own configuration."""
+    """The end tokens in a model's own configuration."""
     ids: set[int] = set()
     for source in (model.generation_config, model.config):
         eos = getattr(source, "eos_token_id", None)
@@ -68,10 +73,10 @@ def own_ends(model: nn.Module) -> list[int]:
 
 @contextmanager
 def without_adapter(model: nn.Module) -> Iterator[nn.Module]:
-    """The same weights as a plain Hugging Face model: inside, no layer of ours is in it.
+    """Within this context, the model is a plain Hugging Face model without our layers.
 
-    No gradient checkpointing either, since it turns the cache off. An adapter that has not been
-    trained is the identity, so the numbers are the same.
+    Gradient checkpointing is off too, because it turns the cache off. An untrained adapter is the
+    identity, so the numbers are the same.
     """
     layers = lora_layers(model)
 
@@ -91,7 +96,7 @@ def without_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def activations_kept(model: nn.Module) -> Iterator[None]:
-    """Inside, no gradient checkpointing, which would turn the KV cache of `generate` off."""
+    """Turn gradient checkpointing off, because with it `generate` has no KV cache."""
     checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     for module in checkpointed:
         module.gradient_checkpointing = False
@@ -106,10 +111,10 @@ def activations_kept(model: nn.Module) -> Iterator[None]:
 def hf_generate(
     model: nn.Module, prompts: list[list[int]], group: int, budgets: list[int], max_rows: int
 ) -> list[int]:
-    """Sample with transformers' generate; returns the response lengths of all rows.
+    """Sample with transformers' generate. Returns the response lengths of all rows.
 
-    prompts of equal length, `group` rows each; budgets: tokens of each row. At most max_rows at a
-    time, and a wave ends with its longest row.
+    prompts: of equal length, `group` rows each. budgets: tokens of each row. At most max_rows run
+    at a time, and a wave ends with its longest row.
     """
     device = next(model.parameters()).device
     rows = torch.tensor(prompts, device=device).repeat_interleave(group, 0)  # [B, P]
@@ -138,7 +143,7 @@ def hf_generate(
 
 
 def _lengths(responses: torch.Tensor) -> list[int]:
-    """Tokens of each response [n, R], the first END included."""
+    """Length of each response [n, R] in tokens, up to and including the first END."""
     is_end = responses == END
     return torch.where(is_end.any(1), is_end.int().argmax(1) + 1, responses.shape[1]).tolist()
 
@@ -147,175 +152,190 @@ def _lengths(responses: torch.Tensor) -> list[int]:
 
 
 def micro_batch_rows(rows_an_update: int, longest: int, micro_batch_tokens: int) -> int:
-    """TRL counts micro-batches in rows: the most that fit the tokens and divide the mini-batch."""
+    """Rows of a micro-batch of TRL: the most that fit the tokens and divide the mini-batch."""
     most = max(1, micro_batch_tokens // longest)
     return max(n for n in range(1, rows_an_update + 1) if n <= most and rows_an_update % n == 0)
 
 
-def trl_steps(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    group: int,
-    budgets: list[int],
-    reward: Callable[[str], float],
-    updates: int,
-    micro_batch_tokens: int,
-    lora_r: int,
-    lr: float,
-    gradient_checkpointing: bool,
-    repeats: int,
-    ours: Callable[[], None],
-) -> dict:
-    """Whole steps of TRL's GRPOTrainer, one of ours before each: repeats + 1 of both.
+@dataclass
+class TrlSteps:
+    """What each step of TRL took. Times are in seconds, memory in GB (see PeakMemory)."""
 
-    model: a plain one, of which TRL makes its own PEFT model; tokenizer: one word a token, so that
-    TRL reads the very prompts; reward of one text. Returns, for each step, "seconds": from the end
-    of our step to the end of TRL's last update (its data loader, tokenizing, generate, scoring,
-    decoding, rewards, advantages, updates, its metrics; no log line and no checkpoint), of it
-    "sample" (generate) and "score" (from there to the advantages, rewards among it), "growth" and
-    "peak": GB, see PeakMemory, the largest of the step's micro-batches (forward, backward), and
-    "lengths": of all its responses, in tokens.
+    version: str
+    seconds: list[float] = field(default_factory=list)  # from our step's end to its last update's
+    sample: list[float] = field(default_factory=list)  # generate
+    score: list[float] = field(default_factory=list)  # from there to the advantages, with rewards
+    growth: list[float] = field(default_factory=list)  # largest of its forwards and backwards
+    peak: list[float] = field(default_factory=list)
+    lengths: list[list[int]] = field(default_factory=list)  # of all its responses, in tokens
+
+
+def trl_steps(
+    cfg: "BenchConfig", step: Step, model: nn.Module, ours: Callable[[], None]
+) -> TrlSteps:
+    """Run repeats + 1 whole steps of TRL's GRPOTrainer, each after one of ours.
+
+    model: a plain model, from which TRL makes its own PEFT model. The tokenizer of `step` has one
+    word per token, so TRL reads the very same prompts. A step of TRL consists of its data loader,
+    tokenizing, generate, scoring, decoding, rewards, advantages, updates and metrics, without a log
+    line or a checkpoint. Raises UserError if TRL is not installed.
     """
     try:
         import datasets
+        import trl
         from peft import LoraConfig
-        from trl import GRPOConfig, GRPOTrainer
-        from trl import __version__ as version
     except ImportError as error:
         raise UserError(
             f"peer=trl: {error.name} is not installed: pip install -r requirements-test.txt"
         ) from error
-    device = next(model.parameters()).device
-    B = len(prompts) * group
-    longest = len(prompts[0]) + max(budgets)
-    rows = micro_batch_rows(B // updates, longest, micro_batch_tokens)
-    texts = [" ".join(map(str, prompt)) for prompt in prompts]
-    keys = ("seconds", "sample", "score", "growth", "peak", "lengths")
-    steps: dict = {key: [] for key in keys} | {"version": version}
-    memory = PeakMemory(device)
+    steps = TrlSteps(trl.__version__)
+    texts = [" ".join(map(str, prompt)) for prompt in step.prompts]
+    peft_config = None
+    if cfg.lora_r:
+        peft_config = LoraConfig(
+            r=cfg.lora_r,
+            lora_alpha=2 * cfg.lora_r,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+    else:
+        model.requires_grad_(True)
 
-    class Trainer(GRPOTrainer):
-        """TRL's own, with a watch on its parts and a meter before each forward."""
+    def reward(completions: list[str], completion_ids: list[list[int]], **kwargs) -> list[float]:
+        steps.lengths.append([len(ids) for ids in completion_ids])
+        return [even(text) for text in completions]
 
+    with tempfile.TemporaryDirectory() as folder, _quiet(datasets):
+        trainer_class, in_turn = _timed_trainer(trl.GRPOTrainer, steps, cfg.updates, ours)
+        trainer = trainer_class(
+            model=model,
+            args=trl.GRPOConfig(output_dir=folder, **_trl_settings(cfg, step, model)),
+            processing_class=step.tokenizer,
+            peft_config=peft_config,
+            reward_funcs=reward,
+            callbacks=[in_turn],
+            # exactly the rows that are read: for a new epoch, TRL would make a new data loader
+            train_dataset=datasets.Dataset.from_dict({"prompt": texts * (cfg.repeats + 1)}),
+        )
+        trainer.remove_callback(PrinterCallback)  # it would print between our lines
+        plain = trainer.model.get_base_model() if cfg.lora_r else trainer.model
+        _force_lengths(plain, step, steps)
+        trainer.train()
+    return steps
+
+
+def _trl_settings(cfg: "BenchConfig", step: Step, model: nn.Module) -> dict:
+    """The settings of GRPOConfig that make TRL do the same work as our step."""
+    B = cfg.prompts * cfg.group
+    longest = cfg.prompt_tokens + max(step.budgets)
+    rows = micro_batch_rows(B // cfg.updates, longest, cfg.micro_batch_tokens)
+    return dict(
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        use_cpu=model.device.type == "cpu",
+        bf16=model.dtype == torch.bfloat16,
+        max_steps=(cfg.repeats + 1) * cfg.updates,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=B // cfg.updates // rows,
+        steps_per_generation=B // rows,
+        num_iterations=1,
+        num_generations=cfg.group,
+        max_completion_length=max(step.budgets),
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        beta=0.0,
+        loss_type="dapo",
+        learning_rate=step.settings.lr,
+        lr_scheduler_type="constant",
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        gradient_checkpointing=cfg.gradient_checkpointing,
+        shuffle_dataset=False,
+    )
+
+
+def _timed_trainer(
+    trainer_class: type, steps: TrlSteps, updates: int, ours: Callable[[], None]
+) -> tuple[type, TrainerCallback]:
+    """A GRPOTrainer that records its times and memory in `steps`.
+
+    Also returns the callback that it needs, which runs `ours` before each step of TRL.
+    """
+
+    class InTurn(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.device = args.device
+            self.memory = PeakMemory(args.device)
+            self.begin()
+
+        def begin(self):
+            ours()
+            self.growth, self.peak = [], []  # of each forward and backward
+            self.metering = 0.0  # seconds, which are not TRL's
+            synchronize(self.device)
+            self.start = time.perf_counter()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step % updates:
+                return
+            synchronize(self.device)
+            steps.seconds.append(time.perf_counter() - self.start - self.metering)
+            steps.growth.append(max(self.growth))
+            steps.peak.append(max(self.peak))
+            if state.global_step < state.max_steps:
+                self.begin()
+
+    in_turn = InTurn()
+
+    class TimedTrainer(trainer_class):
         def _generate_and_score_completions(self, batch):
             start = time.perf_counter()
             inputs = super()._generate_and_score_completions(batch)
-            synchronize(device)
-            steps["score"].append(time.perf_counter() - start - steps["sample"][-1])
+            synchronize(in_turn.device)
+            steps.score.append(time.perf_counter() - start - steps.sample[-1])
             return inputs
 
         def _prepare_inputs(self, batch):
             inputs = super()._prepare_inputs(batch)
             start = time.perf_counter()
-            memory.start()
-            meter[0] += time.perf_counter() - start  # not TRL's time
+            in_turn.memory.start()
+            in_turn.metering += time.perf_counter() - start
             return inputs
 
         def training_step(self, *args, **kwargs):
             loss = super().training_step(*args, **kwargs)
-            for values, value in zip((growths, peaks), memory.stop(), strict=True):
-                values.append(value)
+            growth, peak = in_turn.memory.stop()
+            in_turn.growth.append(growth)
+            in_turn.peak.append(peak)
             return loss
 
-    class InTurn(TrainerCallback):
-        def begin(self):
-            ours()
-            growths.clear()
-            peaks.clear()
-            meter[0] = 0.0
-            synchronize(device)
-            self.start = time.perf_counter()
+    return TimedTrainer, in_turn
 
-        def on_train_begin(self, args, state, control, **kwargs):
-            self.begin()
 
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step % updates:
-                return
-            synchronize(device)
-            steps["seconds"].append(time.perf_counter() - self.start - meter[0])
-            steps["growth"].append(max(growths))
-            steps["peak"].append(max(peaks))
-            if state.global_step < state.max_steps:
-                self.begin()
+def _force_lengths(plain: nn.Module, step: Step, steps: TrlSteps) -> None:
+    """Replace the model's `generate` by one with forced lengths that records its time."""
+    generate = plain.generate
+    end_at = EndAt(step.budgets, len(step.prompts[0]), own_ends(plain), plain.device)
+    plain.generation_config.eos_token_id = END
 
-    growths: list[float] = []
-    peaks: list[float] = []
-    meter = [0.0]
+    def timed(*args, **kwargs):
+        start = time.perf_counter()
+        kwargs |= {"use_cache": True, "logits_processor": LogitsProcessorList([end_at])}
+        with activations_kept(plain):  # without a cache it would take hours
+            out = generate(*args, **kwargs)
+        synchronize(plain.device)
+        steps.sample.append(time.perf_counter() - start)
+        return out
 
-    def reward_func(completions: list[str], completion_ids: list[list[int]], **kwargs):
-        steps["lengths"].append([len(ids) for ids in completion_ids])
-        return [reward(text) for text in completions]
-
-    with tempfile.TemporaryDirectory() as folder, _quiet(datasets):
-        args = GRPOConfig(
-            output_dir=folder,
-            report_to="none",
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            use_cpu=device.type == "cpu",
-            bf16=model.dtype == torch.bfloat16,
-            max_steps=(repeats + 1) * updates,
-            per_device_train_batch_size=rows,
-            gradient_accumulation_steps=B // updates // rows,
-            steps_per_generation=B // rows,
-            num_iterations=1,
-            num_generations=group,
-            max_completion_length=max(budgets),
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            beta=0.0,
-            loss_type="dapo",
-            learning_rate=lr,
-            lr_scheduler_type="constant",
-            adam_beta2=0.95,
-            max_grad_norm=1.0,
-            gradient_checkpointing=gradient_checkpointing,
-            shuffle_dataset=False,
-        )
-        peft_config = None
-        if lora_r:
-            peft_config = LoraConfig(
-                r=lora_r, lora_alpha=2 * lora_r, target_modules="all-linear", task_type="CAUSAL_LM"
-            )
-        else:
-            model.requires_grad_(True)
-        trainer = Trainer(
-            model=model,
-            args=args,
-            processing_class=tokenizer,
-            peft_config=peft_config,
-            reward_funcs=reward_func,
-            callbacks=[InTurn()],
-            # as many rows as are read: a new epoch would cost TRL a new data loader
-            train_dataset=datasets.Dataset.from_dict({"prompt": texts * (repeats + 1)}),
-        )
-        trainer.remove_callback(PrinterCallback)  # standard output is the report's
-        plain = trainer.model.get_base_model() if lora_r else trainer.model
-        generate = plain.generate
-        at = EndAt(budgets, len(prompts[0]), own_ends(plain), device)
-        end_at = LogitsProcessorList([at])
-        plain.generation_config.eos_token_id = END
-
-        def timed(*args, **kwargs):
-            start = time.perf_counter()
-            with activations_kept(plain):  # else it would take TRL hours
-                out = generate(*args, logits_processor=end_at, **{**kwargs, "use_cache": True})
-            synchronize(device)
-            steps["sample"].append(time.perf_counter() - start)
-            return out
-
-        plain.generate = timed  # GRPOTrainer has no argument for a logits processor
-        trainer.train()
-    return steps
+    plain.generate = timed  # GRPOTrainer has no argument for a logits processor
 
 
 @contextmanager
 def _quiet(datasets) -> Iterator[None]:
-    """No warnings and bars of the libraries: the report is what one looks for."""
+    """Silence the warnings and progress bars of the libraries."""
     level = hf_logging.get_verbosity()
     bars = datasets.utils.logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()

@@ -1,6 +1,6 @@
 """Figures published in "Spurious Rewards" (arXiv 2506.10947): Qwen2.5-Math-7B on MATH-500.
 
-They are no results of this code, and every figure and table that shows them says so.
+These are not results of this code. Every figure and table that shows them says so.
 """
 
 PUBLISHED = "published, Qwen2.5-Math-7B, not ours"

@@ -35,10 +35,10 @@ def write_report(
     out: a sweep's folder. more: folders of sweeps to pool with it. keys: what to report.
     last: steps at the end of a run to average. over: a key to average over, or "".
     """
-    arms, knobs = pool_sweeps([out, *more])
+    arms, different = pool_sweeps([out, *more])
     notes = []
     if more:
-        values = [f"{key}={', '.join(map(str, known))}" for key, known in knobs.items()]
+        values = [f"{key}={', '.join(map(str, known))}" for key, known in different.items()]
         notes.append(f"Pooled over {'; '.join(values) or 'seeds alone'} ({1 + len(more)} sweeps).")
     if over:
         arms = average_arms(arms, over)

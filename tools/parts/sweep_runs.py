@@ -14,7 +14,7 @@ from tools.parts.arms import (
     RUN_KEYS,
     Arm,
     differences,
-    every_knob,
+    every_setting,
     load_metrics,
     mean_run,
 )
@@ -34,7 +34,7 @@ def load_sweep_arm(folder: Path, wanted: dict | None = None) -> Arm:
         run = folder / f"seed{seed}"
         if not read_jsonl(run / "metrics.jsonl") or not is_complete(run):
             continue
-        config = every_knob(read_config(run))
+        config = every_setting(read_config(run))
         arm.config = arm.config or config
         for key, (here, there) in differences(config, arm.config, IN_ONE_ARM).items():
             first = f" as in {arm.folders[0]}" if arm.folders else ""
@@ -66,20 +66,20 @@ def pool_sweeps(outs: Sequence[Path]) -> tuple[list[Arm], dict[str, list]]:
     that cannot be pooled.
     """
     sweeps = [{arm.label: arm for arm in load_sweep(out)} for out in outs]
-    knobs: dict[str, list] = {}
+    different: dict[str, list] = {}
     for (here, ours), (there, theirs) in itertools.combinations(zip(outs, sweeps, strict=True), 2):
         if here.resolve() == there.resolve():
             raise UserError(f"pool={there}: the same folder as {here}: name it once")
         _check_same_arms(here, ours, there, theirs)
         for key, value in _differing_settings(here, ours, there, theirs):
-            known = knobs.setdefault(key, [])
+            known = different.setdefault(key, [])
             if value not in known:
                 known.append(value)
     arms = list(sweeps[0].values())
     for arm, more in itertools.product(arms, sweeps[1:]):
         arm.folders += more[arm.label].folders
         arm.runs += more[arm.label].runs
-    return arms, knobs
+    return arms, different
 
 
 def _check_same_arms(here: Path, ours: dict[str, Arm], there: Path, theirs: dict[str, Arm]) -> None:

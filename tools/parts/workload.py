@@ -1,4 +1,4 @@
-"""What tools.bench times: models of known shapes, prompts and lengths, the phases of a step."""
+"""The work that tools.bench times: models of known shapes, prompts, lengths, a training step."""
 
 import math
 import tempfile
@@ -30,7 +30,7 @@ from tasks.datasets import load_problems
 if TYPE_CHECKING:
     from tools.bench import BenchConfig
 
-# Shapes by the released models' config.json; the first two are ours.
+# Shapes from the config.json of the released models. The first two are our own.
 QWEN = dict(model_type="qwen2", rope_theta=1e6, rms_norm_eps=1e-6, max_position_embeddings=32_768)
 SHAPES = {
     "tiny-random": QWEN
@@ -100,8 +100,11 @@ SPREAD = 0.6  # sigma of the log-normal lengths; their median is a third of the 
 
 @contextmanager
 def weights(cfg: "BenchConfig", device: torch.device, dtype: torch.dtype) -> Iterator[str]:
-    """The model's hub id or folder; random weights go into an ordinary folder that passes, so that
-    loading (and quantising) them is the real thing."""
+    """The model's hub id or folder.
+
+    Random weights are saved in a temporary folder, so that they are loaded (and quantised) like
+    any other model.
+    """
     if cfg.arch == "none":
         yield tiny.resolve(cfg.model)
         return
@@ -109,7 +112,7 @@ def weights(cfg: "BenchConfig", device: torch.device, dtype: torch.dtype) -> Ite
         config = model_config(cfg.arch)
         torch.manual_seed(cfg.seed)
         hf_logging.disable_progress_bar()
-        with device:  # and in dtype from the start: 7B in fp32 would be 30 GB
+        with device:  # made on the device in dtype, because 7B in fp32 would be 30 GB
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         model.save_pretrained(folder)
         del model
@@ -119,8 +122,11 @@ def weights(cfg: "BenchConfig", device: torch.device, dtype: torch.dtype) -> Ite
 
 
 def model_config(arch: str) -> transformers.PretrainedConfig:
-    """The configuration of a shape. Weights near 1 / sqrt(hidden) spread the logits by about 1:
-    neither uniform nor one token for ever."""
+    """The configuration of a shape.
+
+    Weights near 1 / sqrt(hidden) spread the logits by about 1, so that sampling is neither uniform
+    nor always the same token.
+    """
     shape = dict(SHAPES[arch])
     return transformers.AutoConfig.for_model(
         shape.pop("model_type"),
@@ -132,8 +138,11 @@ def model_config(arch: str) -> transformers.PretrainedConfig:
 
 
 def draw_lengths(n: int, least: int, most: int, kind: str, seed: int) -> list[int]:
-    """Tokens of n responses. ragged: log-normal, median most / 3, sigma SPREAD, clipped to
-    [least, most], which about 3 % reach: many middling responses, few long ones."""
+    """Lengths of n responses in tokens: all `most`, or ragged.
+
+    Ragged lengths are log-normal with median most / 3 and sigma SPREAD, clipped to [least, most].
+    About 3 % reach `most`.
+    """
     if kind == "equal":
         return [most] * n
     draws = np.random.default_rng(seed).lognormal(math.log(most / 3), SPREAD, n)
@@ -141,7 +150,7 @@ def draw_lengths(n: int, least: int, most: int, kind: str, seed: int) -> list[in
 
 
 def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerBase:
-    """Token i is the word `i`, and 0 the end: random tokens survive the way to text and back."""
+    """A tokenizer in which token i is the word `i` and 0 the end, so that text is lossless."""
     vocabulary = {"<end>": 0} | {str(i): i for i in range(1, vocab_size)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -149,13 +158,13 @@ def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerBase:
 
 
 def even(text: str) -> float:
-    """The reward of random text: 1 if its last token's number is even."""
+    """A reward for random text: 1 if the number of its last token is even."""
     last = text.rpartition(" ")[2]
     return float(last.isdigit() and int(last) % 2 == 0)
 
 
 class Step:
-    """Our side: a training step, phase by phase, as train.py does it."""
+    """A training step of ours, phase by phase, with the functions of train.py."""
 
     def __init__(self, cfg: "BenchConfig", device: torch.device, dtype: torch.dtype, name: str):
         self.cfg, self.number = cfg, 0
@@ -170,7 +179,7 @@ class Step:
         self.settings = Config(
             lr=1e-6,
             lora_r=cfg.lora_r,
-            base_every=1 if cfg.reference else 10**9,  # the log's KL, at the price of a forward
+            base_every=1 if cfg.reference else 10**9,  # the KL in the log costs a forward
             updates_per_step=cfg.updates,
             prompts_per_step=cfg.prompts,
             group_size=cfg.group,
@@ -197,18 +206,18 @@ class Step:
             vocabulary = self.model.config.vocab_size
             self.tokenizer = word_tokenizer(vocabulary)
             rng = np.random.default_rng(cfg.seed)
-            # not 0, which ends a peer's responses
+            # Token 0 ends a peer's responses.
             self.prompts = rng.integers(1, vocabulary, (cfg.prompts, cfg.prompt_tokens)).tolist()
             B = cfg.prompts * cfg.group
             self.budgets = draw_lengths(B, cfg.min_new, cfg.new_tokens, cfg.lengths, cfg.seed)
 
     def generate(self, prompts: list[list[int]], budgets: list[int]) -> Generation:
-        """Our sampler on rows of forced lengths."""
+        """Run our sampler. budgets: the forced length of each row."""
         group, most = len(budgets) // len(prompts), max(budgets)
         ragged = {} if min(budgets) == most else {"budgets": budgets}
         noise = (TRAIN_NOISE, self.cfg.seed, self.number)
-        no_end = [-1]  # cannot be sampled
-        with decode_with(self.model, self.cfg.rollout_weights):  # writing them is in the time
+        no_end = [-1]  # a token that cannot be sampled
+        with decode_with(self.model, self.cfg.rollout_weights):  # merging is timed too
             return generate(
                 self.model,
                 prompts,
@@ -221,7 +230,7 @@ class Step:
             )
 
     def rollout(self) -> list[int]:
-        """Sampling alone, without text, which is what a peer's generate does; the lengths."""
+        """Sample without decoding to text, as a peer's generate does. Returns the lengths."""
         self.out = self.generate(self.prompts, self.budgets)
         return self.out.length.tolist()
 
