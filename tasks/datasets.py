@@ -165,7 +165,8 @@ def _hub_rows(source: str, split: str) -> Iterable[tuple[str, Any]]:
 
 def load_completions(file: str) -> list[dict]:
     """Rows of a .jsonl of saved completions: problem, answer (str), completions (list of str) and,
-    where there are any, correct (one for each completion) and other columns.
+    where there are any, correct, finish_reason and tokens (one of each for each completion), kind
+    (tasks/answers.py) and other columns.
 
     Raises UserError naming the line that is no such row.
     """
@@ -186,9 +187,12 @@ def load_completions(file: str) -> list[dict]:
             raise UserError(f"{file}:{number}: wants completions, a list of one or more strings")
         if row.get("answer") is None:
             raise UserError(f"{file}:{number}: wants an answer")
-        correct = row.get("correct")
-        if correct is not None and (not isinstance(correct, list) or len(correct) != len(texts)):
-            raise UserError(f"{file}:{number}: wants as many of correct as of completions")
+        for key in ("correct", "finish_reason", "tokens"):
+            values = row.get(key)
+            if values is not None and (not isinstance(values, list) or len(values) != len(texts)):
+                raise UserError(f"{file}:{number}: wants as many of {key} as of completions")
+        if not all(isinstance(ids, list) for ids in row.get("tokens") or []):
+            raise UserError(f"{file}:{number}: wants tokens, a list of token ids per completion")
         rows.append({"problem": "", **row, "answer": str(row["answer"])})
     if not rows:
         raise UserError(f"{file}: holds no completions")

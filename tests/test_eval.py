@@ -132,6 +132,9 @@ def test_a_run_is_measured_as_it_measured_itself(tmp_path, own, tokens):
         ("{not json", ":1: not JSON"),
         ('{"answer": "1", "completions": ["x"]}\n{"answer": "1"}', ":2: wants completions"),
         ('{"completions": ["x"]}', ":1: wants an answer"),
+        ('{"answer": "1", "completions": ["x"], "tokens": [3]}', ":1: wants tokens"),
+        ('{"answer": "1", "completions": ["x"], "finish_reason": []}', "finish_reason"),
+        ('{"answer": "1", "completions": ["x"], "kind": "odd"}', "kind=odd"),
     ],
 )
 def test_mistakes_in_a_completions_file(tmp_path, text, word):

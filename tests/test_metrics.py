@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_train import small_config
+from conftest import run_config
 
 import grpo
 import metrics
@@ -39,7 +39,7 @@ def test_statistics_by_update_by_hand():
 @pytest.mark.slow
 @pytest.mark.parametrize("lr", [0.0, 0.03])
 def test_a_run_logs_its_updates_in_order(tiny_random, tmp_path, lr):
-    cfg = small_config(tiny_random, str(tmp_path / "run"))
+    cfg = run_config(tiny_random, tmp_path / "run")
     for m in train(replace(cfg, lr=lr, updates_per_step=4)):
         clipped, outside = m["clip_frac_by_update"], m["outside_by_update"]
         assert len(clipped) == len(outside) == 4
