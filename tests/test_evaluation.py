@@ -239,3 +239,16 @@ def test_prompts_and_temperatures_from_the_command_line(tiny_random, tmp_path, c
 def test_mistakes_in_these_options(tiny_random, args, word):
     with pytest.raises(UserError, match=word):
         command.main([f"--model={tiny_random}", f"--data={tiny_random}", *args])
+
+
+@pytest.mark.slow
+def test_a_real_model_on_problems_of_math500(shared, tmp_path, capsys):
+    """stories260K knows no mathematics, but every part of an eval must run on it."""
+    model, data = shared / "models" / "stories260K", shared / "data" / "math500"
+    args = [f"--model={model}", f"--data={data}", "--prompt=none", "--n=50", "--k=2"]
+    more = ["--temperature=1", "--max_new_tokens=16", "--max_prompt_tokens=300"]
+    command.main([*args, *more, f"--out={tmp_path}"])
+    s = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert s["n"] > 40 and s["k"] == 2 and len(s["pass_curve"]) == 2
+    assert s["batch"]["same"] == s["batch"]["rows"] == 8 and s["batch"]["logprob_gap"] < 1e-3
+    assert len(s["by_level"]) == 5 and sum(part["n"] for part in s["by_subject"].values()) == s["n"]
