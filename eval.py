@@ -324,7 +324,7 @@ def main(argv: list[str]) -> None:
             return measure(cfg, model, tokenizer, items, folder)
 
         settings = try_all(cfg, problems, tokenizer, one, folder)
-        table, best = prompt_table(settings), best_of(settings)
+        table, best = prompt_table(settings, cfg.data), best_of(settings)
         (folder / "prompts.md").write_text(table + "\n")
         print(f"\n{table}\n\nsaved in {folder}: prompts.md, a folder for each setting")
         print(json.dumps({"prompt": best.prompt, "temperature": best.temperature} | best.summary))

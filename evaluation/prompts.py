@@ -27,6 +27,9 @@ PUBLISHED = {
     "spurious": "68.8 (84.1)",
     "none": "69 to 72",
 }
+PUBLISHED_NOTE = (
+    "Published: Qwen2.5-Math-7B on MATH-500, greedy, percent (with a readable box), not ours."
+)
 
 
 @dataclass
@@ -132,10 +135,15 @@ def gain(settings: list[Setting]) -> Difference:
     )
 
 
-def prompt_table(settings: list[Setting]) -> str:
-    """A markdown table of the settings, and the untuned baseline below it."""
+def prompt_table(settings: list[Setting], data: str) -> str:
+    """A markdown table of the settings, and the untuned baseline below it.
+
+    data is the name of the data set. Published figures are shown for MATH-500 alone.
+    """
+    published = "math500" in data.casefold().replace("-", "")
     head = ["prompt", "temperature", "k", "accuracy", "lenient", "boxed", "code", "truncated"]
-    lines = ["| " + " | ".join([*head, "published"]) + " |", "|---|" + "--:|" * len(head)]
+    head += ["published"] if published else []
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
     for one in settings:
         s = one.summary
         shares = [
@@ -144,12 +152,13 @@ def prompt_table(settings: list[Setting]) -> str:
         cells = [one.prompt, f"{one.temperature:g}", str(s["k"])]
         cells += [with_error(s["accuracy"], s["stderr"])]
         cells += [with_error(s["lenient_accuracy"], s["lenient_stderr"]), *shares]
-        published = PUBLISHED.get(one.prompt, "") if one.temperature == 0 else ""
-        lines.append("| " + " | ".join([*map(str.strip, cells), published]) + " |")
+        if published:
+            cells.append(PUBLISHED.get(one.prompt, "") if one.temperature == 0 else "")
+        lines.append("| " + " | ".join(map(str.strip, cells)) + " |")
     best, d = best_of(settings), gain(settings)
     notes = [
-        f"{settings[0].summary['n']} problems; ± 1 standard error over problems. Published: "
-        "Qwen2.5-Math-7B on MATH-500, greedy, percent (with a readable box), not ours.",
+        f"{settings[0].summary['n']} problems; ± 1 standard error over problems."
+        + (f" {PUBLISHED_NOTE}" if published else ""),
         f"Untuned baseline: {best.name}, {percent(best.summary['accuracy']).strip()}"
         + (f", {difference(d)} against {settings[0].name}" if best is not settings[0] else "")
         + ".",

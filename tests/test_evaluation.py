@@ -177,13 +177,14 @@ def fake_setting(name: str, temperature: float, right: list[int]) -> prompts.Set
 def test_the_untuned_baseline_is_the_best_setting():
     weak = fake_setting("qwen_math", 0, [1, 0, 0, 0, 0, 0])
     strong = fake_setting("none", 0.6, [1, 1, 1, 1, 0, 0])
-    table = prompts.prompt_table([weak, strong])
+    table = prompts.prompt_table([weak, strong], "HuggingFaceH4/MATH-500")
     assert prompts.best_of([weak, strong]) is strong
     assert prompts.gain([weak, strong]).mean == pytest.approx(0.5)
     assert "Untuned baseline: none at temperature 0.6, 66.7%, +50.0 points" in table
     rows = [line for line in table.splitlines() if line.startswith("| ")]
     assert "49.4 (78.9)" in rows[1]  # published for greedy samples alone
     assert "69 to 72" not in rows[2]
+    assert "ublished" not in prompts.prompt_table([weak, strong], "gsm8k")  # of MATH-500 alone
 
 
 def test_the_same_problems_under_every_format(capsys):
