@@ -113,66 +113,66 @@ def check(cfg: Config) -> list[str]:
     warnings = []
     if cfg.group_size == 1 and cfg.adv_norm != "raw":
         warnings.append("group_size=1: every advantage is 0, so the reward teaches nothing")
-    if cfg.keep_duplicates and cfg.one_shot:
-        warnings.append("keep_duplicates has no effect with one_shot, which trains on one problem")
-    warnings += _idle_losses(cfg)
-    if cfg.kl_coef == 0 and cfg.kl_type != Config.kl_type:
-        warnings.append(f"kl_type={cfg.kl_type} has no effect with kl_coef=0")
-    if cfg.optimizer == "sgd" and tuple(cfg.adam_betas) != Config.adam_betas:
-        warnings.append(f"adam_betas={cfg.adam_betas} has no effect with optimizer=sgd")
-    if cfg.eval_k > 1 and cfg.eval_temperature == 0:
-        warnings.append(
-            f"eval_k={cfg.eval_k} has no effect: greedy samples (eval_temperature=0) agree"
-        )
-    reward = rewards.parse(cfg.reward)
-    if set(reward.names) == {"constant"} and cfg.adv_norm != "raw":
-        warnings.append(f"reward={cfg.reward}: the same for all, no weight moves (a null test)")
-    if cfg.lora_r == 0 and cfg.rollout_weights != "auto":
-        warnings.append(
-            f"rollout_weights={cfg.rollout_weights} has no effect: lora_r=0 leaves nothing to merge"
-        )
-    if cfg.base_every != 1 and needs_base(cfg):
-        warnings.append(
-            f"base_every={cfg.base_every} has no effect: loss or reward need every step's"
-        )
-    elif cfg.base_every != 1 and cfg.lora_r == 0:
-        warnings.append(f"base_every={cfg.base_every} has no effect: lora_r=0 keeps no base model")
+    same = set(rewards.parse(cfg.reward).names) == {"constant"} and cfg.truncated != "zero"
+    if same and cfg.adv_norm != "raw":
+        null = " and no weight moves (a null test)" if cfg.kl_coef == 0 else ""
+        warnings.append(f"reward={cfg.reward} is equal for all: it teaches nothing{null}")
     if cfg.lr == 0:
         warnings.append("lr=0: nothing is learned (a null test)")
+    warnings += [
+        f"{key}={getattr(cfg, key)} has no effect {why}"
+        for key, why in _idle(cfg).items()
+        if getattr(cfg, key) != getattr(Config, key)
+    ]
+    if cfg.updates_per_step == 1 and cfg.loss != "grpo":
+        same = "every ratio is 1, and the gradient is grpo's at the same loss_agg"
+        warnings.append(f"loss={cfg.loss} has no effect with updates_per_step=1: {same}")
+    elif cfg.updates_per_step == 1 and cfg.clip != "off":
+        warnings.append(f"clip={cfg.clip} has no effect with updates_per_step=1: every ratio is 1")
     return warnings
 
 
-def _idle_losses(cfg: Config) -> list[str]:
-    """Return a warning for each setting of the loss that has no effect."""
-    idle = {}  # setting -> why it has no effect; only settings off their default are reported
+def _idle(cfg: Config) -> dict[str, str]:
+    """The settings that have no effect with these, each with the reason."""
+    idle = {}
+    if cfg.one_shot:
+        idle["keep_duplicates"] = "with one_shot, which trains on one problem"
+    if cfg.lora_r == 0:
+        idle["lora_alpha"] = "with lora_r=0: there is no adapter"
+        idle["rollout_weights"] = "with lora_r=0: there is no adapter to merge"
+        idle["base_every"] = "with lora_r=0: no base model is kept for the log"
+    if needs_base(cfg):
+        idle["base_every"] = "because the loss or the reward needs the base model in every step"
+    if cfg.kl_coef == 0:
+        idle["kl_type"] = "with kl_coef=0"
+    if cfg.optimizer == "sgd":
+        idle["adam_betas"] = "with optimizer=sgd"
+    if cfg.eval_temperature == 0:
+        idle["eval_k"] = "with eval_temperature=0: greedy samples are all equal"
+    if cfg.eval_every == 0:
+        idle["eval_new_tokens"] = "with eval_every=0"
+        evals = ("eval_n", "eval_k", "eval_temperature")
+        idle |= dict.fromkeys(evals, "on training with eval_every=0; only eval.py --run reads it")
     if cfg.loss != "cispo":
-        idle |= {"cispo_cap": f"with loss={cfg.loss}"}
+        idle["cispo_cap"] = f"with loss={cfg.loss}"
     if cfg.loss != "hoelder":
         idle |= dict.fromkeys(("hoelder_p", "hoelder_p_end"), f"with loss={cfg.loss}")
+    if cfg.clip_low >= 1:
+        idle["clip_low"] = "because no ratio is below 0"
     if cfg.loss == "cispo":
         clips = ("clip", "clip_low", "clip_high")
         idle |= dict.fromkeys(clips, "with loss=cispo, which has cispo_cap instead")
     elif cfg.clip != "both":
         sides = {"high": ["clip_low"], "low": ["clip_high"], "off": ["clip_low", "clip_high"]}
         idle |= dict.fromkeys(sides[cfg.clip], f"with clip={cfg.clip}")
-    if cfg.clip_low >= 1:
-        idle.setdefault("clip_low", "as no ratio is below 0")
-    warnings = [
-        f"{key}={getattr(cfg, key)} has no effect {why}"
-        for key, why in idle.items()
-        if getattr(cfg, key) != getattr(Config, key)
-    ]
-    if cfg.updates_per_step == 1 and cfg.loss != "grpo":
-        same = "every ratio is 1, and the gradient is grpo's at the same loss_agg"
-        warnings.append(f"loss={cfg.loss} has no effect: with updates_per_step=1 {same}")
-    elif cfg.updates_per_step == 1 and cfg.clip != "off":
-        warnings.append(f"clip={cfg.clip} has no effect: with updates_per_step=1 every ratio is 1")
-    return warnings
+    return idle
 
 
 def can_clip(cfg: Config) -> bool:
     """Whether any token can be clipped (or capped, for CISPO) with these settings."""
-    return cfg.updates_per_step > 1 and (cfg.loss == "cispo" or cfg.clip != "off")
+    low = cfg.clip in ("both", "low") and cfg.clip_low < 1  # no ratio is below 0
+    high = cfg.clip in ("both", "high")
+    return cfg.updates_per_step > 1 and (cfg.loss == "cispo" or low or high)
 
 
 def needs_base(cfg: Config) -> bool:

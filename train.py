@@ -111,11 +111,10 @@ def one_step(run: Run, step: int) -> tuple[dict, list[dict]]:
         score(model, rollouts, parts, cfg, run.frozen, run.second_models)
     with phase("reward", seconds):
         # 4. Reward each response.
-        reward = run.reward(rollouts)  # [B]
-        if cfg.truncated == "zero":
-            reward = reward * rollouts.finished
+        rewarded = rollouts.finished | (cfg.truncated != "zero")  # bool [B]
+        reward = run.reward(rollouts) * rewarded  # [B]
         # 5. Advantage: compare each response with the others of its group.
-        rounding = rewards.rounding(run.reward, rollouts, rounding_error(model))  # [P]
+        rounding = rewards.rounding(run.reward, rollouts, rounding_error(model), rewarded)  # [P]
         advantage = grpo.advantages(reward, cfg.group_size, cfg.adv_norm, rounding)  # [B]
         if cfg.whiten:
             advantage = grpo.whiten(advantage, tokens_in_loss(rollouts, cfg).sum(1))
@@ -391,6 +390,8 @@ def setup(cfg: Config) -> Run:
         for need, _, key in (need.partition(":") for need in reward.needs)
         if need == "cross_logp"
     }
+    for second in second_models.values():
+        second.check_budget(cfg.max_prompt_tokens, cfg.max_new_tokens)
     models = [model, *([frozen] if frozen else []), *(m.model for m in second_models.values())]
     decode_weights = settle(models, cfg)
     folder.config = asdict(cfg)  # includes the choices of settle, so that a resumed run keeps them
@@ -475,10 +476,10 @@ def train(cfg: Config) -> list[dict]:
             folder.log(metrics, samples)
             if warning := early_warning(cfg, history[done - step :]):  # steps of this process
                 tqdm.write(f"warning: {warning}")
+            last_step.done(step)
             last = step == cfg.steps or stop.asked or eval_is_due(step)
             if last or (cfg.save_every and step % cfg.save_every == 0):
                 last_step.save(step)
-            last_step.done(step)
             if eval_is_due(step):
                 with stop.at_once():
                     run_eval(run, step)
