@@ -1,4 +1,4 @@
-"""The settings of a training run, and the checks for settings that cannot work together."""
+"""The settings of a training run, checks for mistakes in them, and what is derived from them."""
 
 import math
 from dataclasses import dataclass, replace
@@ -82,7 +82,8 @@ class Config:
 def check(cfg: Config) -> list[str]:
     """Check the settings. Return a warning for each setting that has no effect.
 
-    Raises UserError for settings that cannot work.
+    Only settings that differ from their default are reported. Raises UserError for settings that
+    cannot work.
     """
     whole = (
         "steps prompts_per_step group_size updates_per_step max_prompt_tokens max_new_tokens "
@@ -98,17 +99,20 @@ def check(cfg: Config) -> list[str]:
     for key in no_less:
         if getattr(cfg, key) < 0:
             raise UserError(f"{key}={getattr(cfg, key)}: must not be negative")
-    if cfg.temperature <= 0 or cfg.max_grad_norm <= 0 or cfg.warmup > 1:
-        raise UserError("temperature and max_grad_norm must be above 0, warmup a share up to 1")
+    for key in ("temperature", "max_grad_norm"):
+        if getattr(cfg, key) <= 0:
+            raise UserError(f"{key}={getattr(cfg, key)}: must be above 0")
+    if cfg.warmup > 1:
+        raise UserError(f"warmup={cfg.warmup}: is a share of all updates, must be at most 1")
     if cfg.cispo_cap <= 1:
-        raise UserError(f"cispo_cap={cfg.cispo_cap}: an absolute ratio, must be above 1")
+        raise UserError(f"cispo_cap={cfg.cispo_cap}: is an absolute ratio, must be above 1")
     if cfg.adv_norm == "leave_one_out" and cfg.group_size == 1:
-        raise UserError("adv_norm=leave_one_out with group_size=1: there are no others: raise it")
+        raise UserError("adv_norm=leave_one_out: needs a group_size of 2 or more")
     B = cfg.prompts_per_step * cfg.group_size
     if B < cfg.updates_per_step:
         raise UserError(f"updates_per_step={cfg.updates_per_step}: a step has only {B} responses")
     if cfg.lora_r == 0 and cfg.quant != "none":
-        raise UserError("lora_r=0 trains all weights, which 4-bit ones cannot: add --quant=none")
+        raise UserError("lora_r=0 trains all weights, but 4-bit weights are fixed: --quant=none")
 
     warnings = []
     if cfg.group_size == 1 and cfg.adv_norm != "raw":
@@ -204,8 +208,8 @@ def _nothing_to_learn(cfg: Config, steps: list[dict]) -> str:
         )
     if flat:
         return (
-            f"reward={cfg.reward} gave each group one value for five steps: "
-            "while that lasts nothing is learned"
+            f"reward={cfg.reward} gave all responses of each group the same value for five steps: "
+            "as long as this is so, nothing is learned"
         )
     return ""
 
@@ -230,9 +234,11 @@ def keep_settled(cfg: Config) -> Config:
     Merged and adapter weights differ by rounding. A different choice (for example because other
     work now uses the GPU's memory) would change the samples.
     """
-    there = (Path(cfg.out_dir) / "config.json").is_file()  # if not, RunFolder reports it
+    there = (Path(cfg.out_dir) / "config.json").is_file()  # otherwise RunFolder reports it
     if cfg.resume and there and cfg.rollout_weights == "auto" and cfg.lora_r:
-        saved = read_config(cfg.out_dir).get("rollout_weights", "adapter")  # older runs: only this
+        saved = read_config(cfg.out_dir).get(
+            "rollout_weights", "adapter"
+        )  # older runs had no other
         return replace(cfg, rollout_weights=saved)
     return replace(cfg)
 
