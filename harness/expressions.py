@@ -77,13 +77,13 @@ class Reward:
 
     def missing(self, rollouts: Any) -> list[str]:
         """The needed fields that these rollouts do not have."""
-        lacking = []
-        for need in self.needs:
+
+        def is_there(need: str) -> bool:
             field, _, key = need.partition(":")
             value = getattr(rollouts, field, None)
-            if value is None or (key and key not in value):
-                lacking.append(need)
-        return lacking
+            return value is not None and (not key or key in value)
+
+        return [need for need in self.needs if not is_there(need)]
 
     def __call__(self, rollouts: Any) -> Tensor:
         """Compute the reward.
@@ -169,6 +169,8 @@ def _build(
 ) -> Callable[[Any], Tensor]:
     """Turn a node into a function of rollouts. Its rewards are added to leaves."""
     build = partial(_build, registry=registry, leaves=leaves)
+    if _number(node) is not None:
+        raise ValueError("a number alone is not a reward: multiply a reward by it")
     match node:
         case ast.Name() | ast.Call(func=ast.Name()):
             leaves.append(_leaf(node, registry))
@@ -179,21 +181,17 @@ def _build(
                     part = build(other)
                     return lambda r: factor * part(r)
             raise ValueError("`*` wants a number on one side: use `&` for two rewards")
-        case ast.BinOp(op=ast.Add() | ast.Sub()):
-            left, right = build(node.left), build(node.right)
-            sign = 1 if isinstance(node.op, ast.Add) else -1
+        case ast.BinOp(left, ast.Add() | ast.Sub() | ast.BitAnd() as op, right):
+            left, right = build(left), build(right)
+            if isinstance(op, ast.BitAnd):
+                return lambda r: _binary(left(r), "&") * _binary(right(r), "&")
+            sign = 1 if isinstance(op, ast.Add) else -1
             return lambda r: left(r) + sign * right(r)
-        case ast.BinOp(op=ast.BitAnd()):
-            left, right = build(node.left), build(node.right)
-            return lambda r: _binary(left(r), "&") * _binary(right(r), "&")
-        case ast.UnaryOp(op=ast.Invert()):
-            part = build(node.operand)
-            return lambda r: 1 - _binary(part(r), "~")
-        case ast.UnaryOp(op=ast.USub()) if _number(node) is None:
-            part = build(node.operand)
+        case ast.UnaryOp(ast.Invert() | ast.USub() as op, operand):
+            part = build(operand)
+            if isinstance(op, ast.Invert):
+                return lambda r: 1 - _binary(part(r), "~")
             return lambda r: -part(r)
-    if _number(node) is not None:
-        raise ValueError("a number alone is not a reward: multiply a reward by it")
     raise ValueError(
         f"{ast.unparse(node)[:40]!r} has no meaning here: "
         "use names, calls, `a & b`, `~a`, `+`, `-`, `*` by a number and parentheses"
@@ -243,11 +241,9 @@ def _number(node: ast.expr) -> float | None:
         value = ast.literal_eval(node)
     except ValueError:
         return None
-    if type(value) not in (int, float):
-        return None
-    if not abs(value) <= 1e30:
+    if type(value) in (int, float) and not abs(value) <= 1e30:
         raise ValueError("a number in it is too large")
-    return value
+    return value if type(value) in (int, float) else None
 
 
 def _binary(values: Tensor, operator: str) -> Tensor:

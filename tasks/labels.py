@@ -71,15 +71,14 @@ def label_rows(
     rows = []
     for problem, part in zip(problems, answers, strict=True):
         pairs = [(answer, c) for answer in part if (c := next(cluster)) >= 0]
-        by_cluster, by_string = count(pairs), count([(answer, answer) for answer, _ in pairs])
+        counted = {"equivalence": count(pairs), "string": count([(a, a) for a, _ in pairs])}
         row = {key: getattr(problem, key) for key in ("problem", "answer", "id", "subject")}
         row |= {"level": problem.level, "samples": len(part), "answered": len(pairs)}
-        row["clusters"] = [list(pair) for pair in by_cluster]
-        for by, counted in (("equivalence", by_cluster), ("string", by_string)):
-            row[f"{by}_label"], row[f"{by}_size"] = counted[0] if counted else ("", 0)
+        row["clusters"] = [list(pair) for pair in counted["equivalence"]]
+        for by, sizes in counted.items():
+            row[f"{by}_label"], row[f"{by}_size"] = sizes[0] if sizes else ("", 0)
         cluster_of = dict(pairs)  # equal strings share a cluster
-        tops = {cluster_of.get(row[f"{by}_label"]) for by in ("equivalence", "string")}
-        row["differ"] = len(tops) > 1
+        row["differ"] = len({cluster_of.get(row[f"{by}_label"]) for by in counted}) > 1
         rows.append(row)
     golds = [row["answer"] for row in rows]
     for by in ("equivalence", "string"):

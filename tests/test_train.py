@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -243,6 +244,12 @@ def test_resuming_refuses_another_experiment(two_steps_done, key, capsys):
         with pytest.raises(UserError, match=f"{key} was"):
             RunFolder(two_steps_done, config, resume=True)
         assert read_config(two_steps_done) == json.loads(json.dumps(asdict(Config(steps=4))))
+
+
+def test_the_docs_name_the_settings_that_may_change_on_resume():
+    text = (configurator.PROJECT / "docs" / "TRAINING.md").read_text()
+    listed = text.partition("only these settings may change:")[2].partition(".\n")[0]
+    assert set(re.findall(r"`(\w+)`", listed)) == set(FREE)
 
 
 def test_resuming_with_fewer_steps_than_were_made_is_refused(two_steps_done):
