@@ -101,7 +101,7 @@ def _prepare_cuda(device: torch.device) -> None:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a hub id, folder or GGUF file. Raises UserError if it cannot be loaded."""
+    """Load the tokenizer of a hub id, folder or GGUF file. Raises UserError if that fails."""
     name = gguf.resolve(name)
     with _readable_errors(name, "tokenizer"):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
