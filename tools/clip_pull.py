@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import train
 from data import partition
 from harness.configurator import configure
 from harness.errors import UserError, run
-from harness.progress import Progress
 from harness.runfiles import read_jsonl
 from lora import trainable
 from settings import Config
@@ -63,8 +63,8 @@ def measure(cfg: PullConfig, path: Path) -> None:
     wanted = [(b, lr) for b in range(1, cfg.batches + 1) for lr in cfg.rates]
     if done.issuperset(wanted):
         return
-    r = train.setup(replace(cfg, reward=cfg.reward))
-    with r.folder, Progress(len(wanted), "updates", initial=len(done)) as bar:
+    r = train.setup(cfg)
+    with r.folder, tqdm(total=len(wanted), desc="steps", initial=len(done)) as bar:
         for batch in range(1, cfg.batches + 1):
             left = [lr for lr in cfg.rates if (batch, lr) not in done]
             if left:
