@@ -74,6 +74,7 @@ class Config:
     eval_new_tokens: int = 0  # longest response in evals, in tokens; 0 = max_new_tokens
     base_every: int = 1  # steps between scorings by the base model, if only the log needs them
     save_every: int = 25  # steps between checkpoints; the last step is always saved; 0 = only last
+    log_tokens: bool = False  # also log entropy and log-ratio of the logged responses' tokens
     seed: int = 0  # seed of data order, sampling, partition, adapter and random rewards
     out_dir: str = ""  # run folder; "" = out/EXPERIMENT-SCALE-seedSEED
     resume: bool = False  # continue from the checkpoint in out_dir

@@ -52,6 +52,7 @@ from harness.progress import Progress
 from harness.scale import choose_scale
 from harness.second_model import SecondModel, default_second_model
 from harness.stopping import LastStep, StopOnSignal
+from harness.token_log import keep_log_ratio
 from lora import adapter_off, add_lora, trainable
 from metrics import describe, describe_clip, sample_log, summary_table
 from model import TokenStats, checkpoint_activations, end_token_ids, rounding_error, token_stats
@@ -127,7 +128,8 @@ def one_step(run: Run, step: int) -> tuple[dict, list[dict]]:
         metrics |= update(model, run.optimizer, rollouts, advantage, parts, cfg)
     # 7. Log.
     metrics = {"step": step, **metrics, **timings(rollouts, seconds)}
-    return metrics, sample_log(rollouts, reward, advantage)
+    tokenizer = run.tokenizer if cfg.log_tokens else None
+    return metrics, sample_log(rollouts, reward, advantage, tokenizer)
 
 
 def _bar(parts: list, desc: str) -> tqdm:
@@ -294,6 +296,8 @@ def update(
             scored = forward(model, rollouts, rows, cfg, also)
             loss, stats = loss_of(scored, rollouts, advantage, rows, normalizer, cfg, i)
             loss.backward()
+            if cfg.log_tokens:
+                keep_log_ratio(rollouts, rows, scored.logp)
             seen.append(stats)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm))
         if not math.isfinite(norm):
