@@ -12,7 +12,7 @@ from latex2mathml import converter
 # share. Code comes first: a dollar sign in it begins no formula.
 PIECES = (
     r"```[\s\S]*?(?:```|$)|\$\$[\s\S]+?\$\$|\\\[[\s\S]+?\\\]|\\\([\s\S]+?\\\)"
-    r"|\$(?!\s)[^$\n]*[^$\s]\$(?!\d)"
+    r"|\$(?!\s)[^$`\n]*[^$`\s]\$(?!\d)"
 )
 LONGEST = 2000  # characters; what is longer is text that holds two stray delimiters
 

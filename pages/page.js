@@ -6,7 +6,6 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const pieces = new RegExp(data.pieces, "g");
 const last = data.columns.length - 1; // correct, code and cut off are about this column
-const pageSize = 20;
 const byId = id => document.getElementById(id);
 
 function make(tag, className, ...children) {
@@ -39,6 +38,7 @@ const answers = data.problems.flatMap((problem, i) =>
 const samples = data.runs.flatMap(run => run.samples.map(sample => ({
   sample, run: run.name, step: String(sample.step),
   correct: right(sample.correct), code: sample.code ? "yes" : "no",
+  clipped: sample.clipped && (sample.clipped.includes(1) ? "yes" : "no"),
   texts: () => [sample.problem, sample.answer, sample.response],
 }))).sort((a, b) => a.sample.step - b.sample.step);
 
@@ -48,7 +48,7 @@ const views = {
     code: "uses code", habit: "habit went from", cut: "cut off",
     level: "level", subject: "subject" } },
   samples: { title: "Training samples", items: samples, show: showSample, filters: {
-    run: "run", step: "step", correct: "is", code: "uses code" } },
+    run: "run", step: "step", correct: "is", code: "uses code", clipped: "has clipped tokens" } },
   runs: { title: "Curves and settings", items: [], filters: {} },
 };
 const colours = { log_ratio: "log-ratio", entropy: "entropy", none: "nothing" };
@@ -168,10 +168,11 @@ function tokens(sample, by) {
     const shown = x => x === null || x === undefined ? "not measured" : x.toFixed(4);
     token.title = `entropy ${shown(entropy)} nats, log-ratio ${shown(ratio)}`;
     if (by === "entropy") token.style.background = shade("230, 159, 0", entropy / 2);
-    // Blue: likelier than before; vermilion: less likely. Full colour at the usual clip of 0.2.
+    // Blue: likelier than before; vermilion: less likely. Full colour at the usual clip of 0.2. Of
+    // a square root, since most ratios are small.
     if (by === "log_ratio" && ratio) {
       token.style.background = shade(ratio > 0 ? "0, 114, 178" : "213, 94, 0",
-                                     Math.abs(ratio) / 0.2);
+                                     Math.sqrt(Math.abs(ratio) / 0.2));
     }
     if (sample.clipped && sample.clipped[i]) token.classList.add("clipped");
     box.append(token);
@@ -287,15 +288,16 @@ function describe(items) {
     + `of these: ${shares.join(", ")}`;
 }
 
-// Only what is near the window is drawn: an article takes longer to lay out than to filter.
+// Articles are drawn until two windows are full, and on as the reader scrolls: the browser takes far
+// longer to lay out a formula than to filter an answer.
 function more() {
-  byId("list").append(...left.splice(0, pageSize).map(views[state.view].show));
+  const page = document.documentElement;
+  while (left.length && page.scrollHeight - scrollY < 3 * innerHeight) {
+    byId("list").append(views[state.view].show(left.shift()));
+  }
 }
 
-addEventListener("scroll", () => {
-  const rest = document.documentElement.scrollHeight - scrollY - innerHeight;
-  if (left.length && rest < 2 * innerHeight) more();
-});
+addEventListener("scroll", more);
 addEventListener("hashchange", draw);
 byId("filters").addEventListener("submit", event => event.preventDefault());
 if (data.runs.length) byId("runs").append(showSettings());
