@@ -53,6 +53,7 @@ from harness.scale import choose_scale
 from harness.second_model import SecondModel, default_second_model
 from harness.stopping import LastStep, StopOnSignal
 from harness.token_log import keep_log_ratio
+from harness.trackers import open_tracker
 from lora import adapter_off, add_lora, trainable
 from metrics import describe, describe_clip, sample_log, summary_table
 from model import TokenStats, checkpoint_activations, end_token_ids, rounding_error, token_stats
@@ -464,6 +465,7 @@ def train(cfg: Config) -> list[dict]:
             last_step.saved = done
             print(f"resumed after step {done}")
         last_step.done(done)
+        track = open_tracker(cfg.log, asdict(cfg), cfg.out_dir, history)
 
         def eval_is_due(step: int) -> bool:
             due = cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps)
@@ -486,6 +488,7 @@ def train(cfg: Config) -> list[dict]:
             if eval_is_due(step):
                 with stop.at_once():
                     run_eval(run, step)
+            track(history)
             bar.set_postfix_str(progress_line(metrics))
             if step < cfg.steps:
                 stop.check()
