@@ -87,6 +87,16 @@ def test_completions_written_as_a_sample_log_come_back(tmp_path):
     assert [row["exact_match"] for row in log] == [0.5, 1.0]
 
 
+def test_hashes_of_a_sample_log_are_those_of_the_harness(tmp_path):
+    """The figures of a log that lm-evaluation-harness 0.4.13 wrote of the tiny world."""
+    problem = {"id": "0", "problem": "Start: 5 minus 9 minus 5?", "answer": "1", "level": "2"}
+    write_lm_eval(tmp_path / "log.jsonl", [{**problem, "completions": ["x"]}])
+    (row,) = map(json.loads, open(tmp_path / "log.jsonl"))
+    assert row["doc"] == problem
+    found = [row[f"{name}_hash"][:12] for name in ("doc", "prompt", "target")]
+    assert found == ["c22108f9aa08", "758becfb730b", "6b86b273ff34"]
+
+
 @pytest.mark.parametrize(
     "bad",
     [
