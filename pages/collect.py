@@ -97,7 +97,7 @@ def _side_by_side(columns: list[Column]) -> list[dict]:
         samples = [[_get(column[i], j) for column in cells] for j in range(k)]
         problems.append(
             {
-                "problem": row["problem"],
+                "problem": key[0],
                 "answer": str(row["answer"]),
                 "level": str(row.get("level") or ""),
                 "subject": str(row.get("subject") or ""),
@@ -111,8 +111,9 @@ def _by_problem(rows: list[dict]) -> dict[tuple[str, int], dict]:
     seen: Counter[str] = Counter()
     keyed = {}
     for row in rows:
-        keyed[row["problem"], seen[row["problem"]]] = row
-        seen[row["problem"]] += 1
+        problem = str(row["problem"])
+        keyed[problem, seen[problem]] = row
+        seen[problem] += 1
     return keyed
 
 
@@ -140,13 +141,17 @@ def _cells(rows: list[dict]) -> list[list[dict]]:
                 "right": bool(next(verdicts)),
                 "code": uses_code(text),
                 "answer": next(found),
-                "cut": j < len(row.get("finish_reason") or ())
-                and row["finish_reason"][j] == "length",
+                "cut": _cut_off(row, j),
             }
             for j, text in enumerate(row["completions"])
         ]
         for row in rows
     ]
+
+
+def _cut_off(row: dict, j: int) -> bool:
+    reasons = row.get("finish_reason")
+    return isinstance(reasons, list) and j < len(reasons) and reasons[j] == "length"
 
 
 def uses_code(text: str) -> bool:

@@ -120,6 +120,15 @@ def test_a_saved_verdict_stands_and_repeated_problems_are_paired_in_order(tmp_pa
     assert shown == [[True], [False, True]]
 
 
+def test_columns_of_other_shapes_do_no_harm(tmp_path):
+    """A problem that is a number, one reason too few, no reasons at all."""
+    rows = [row(7, RIGHT, WRONG, finish_reason=["length"]), row("x", RIGHT, finish_reason="stop")]
+    page = collect([write_rows(tmp_path / "a.jsonl", rows)])
+    assert [p["problem"] for p in page["problems"]] == ["7", "x"]
+    cut = [[cell["cut"] for (cell,) in p["samples"]] for p in page["problems"]]
+    assert cut == [[True, False], [False]]
+
+
 def test_a_run_gives_its_first_and_last_eval_its_settings_and_samples(run_folder):
     page = collect([run_folder])
     assert page["columns"] == ["base", "step 4"]
