@@ -154,6 +154,7 @@ function fill(element, text) {
       element.append(...box.childNodes);
     } else {
       element.append(make("code", "", piece));
+      if (text[end] === "\n") end++; // a block of its own too
     }
   }
   element.append(text.slice(end));
