@@ -6,10 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import (
-    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -17,6 +15,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from decoding.kvcache import EXPANDED_ATTENTION
 from harness.errors import UserError
 from model import backbone, head, logits
 
@@ -148,24 +147,6 @@ def _refuse_incomplete(name: str, info: dict) -> None:
                 f"model {name!r}: {what} the weights {sorted(keys)[0]}{more}: the folder is "
                 "incomplete, or holds another model than its config.json says"
             )
-
-
-EXPANDED_ATTENTION = "nanorlvr_expanded"
-
-
-def _expanded_attention(module, query, key, value, mask, scaling=None, **kwargs):
-    """Causal attention [n, heads, T, D] in fp32 on CUDA, keys and values repeated for their heads.
-
-    Flash attention takes no fp32, and the memory-efficient kernel takes no grouped heads: without
-    this all T x T scores would be held. No mask: padding stands to the right.
-    """
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    out = F.scaled_dot_product_attention(query, key, value, scale=scaling, is_causal=True)
-    return out.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(EXPANDED_ATTENTION, _expanded_attention)
 
 
 @contextmanager

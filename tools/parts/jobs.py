@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from harness.configurator import PROJECT, configure
 from harness.errors import UserError
-from harness.memory import device_memory
+from harness.plan import device_memory
 from harness.runfiles import (
     is_complete,
     read_config,
@@ -109,7 +109,7 @@ def _settled(key: str, wanted, saved) -> bool:
     return (
         key in ("out_dir", "resume")
         or (key == "rollout_weights" and wanted == "auto")
-        or (key == "micro_batch_tokens" and saved < wanted)
+        or (key in ("micro_batch_tokens", "rollout_rows") and saved < wanted)
     )
 
 
