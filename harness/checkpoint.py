@@ -11,7 +11,6 @@ file is written whole or not at all, and none of them is a pickle. The order is:
 for others, eval. Resuming makes up for whatever a crash left out of it.
 """
 
-import fcntl
 import itertools
 import json
 import os
@@ -28,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from harness.adapters import save_adapter, save_tensors
 from harness.errors import UserError
+from harness.locks import lock
 from harness.runfiles import (
     RECORD,
     STATE,
@@ -72,7 +72,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"out_dir={folder}: cannot be written: {error.strerror}") from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._lock)
         except OSError as error:
             raise UserError(f"out_dir={folder}: another process is running in it") from error
         self.history: list[dict] = []  # the rows of metrics.jsonl

@@ -4,7 +4,6 @@ FILE.progress lies beside FILE until FILE is whole: one line with all that the c
 on, then a line a problem, in the order in which they ended.
 """
 
-import fcntl
 import hashlib
 import json
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from torch import float64, nn
 
 from harness.errors import UserError
+from harness.locks import lock
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -39,7 +39,7 @@ class Kept:
         self.path = path.with_name(path.name + ".progress")
         self.file = open(self.path, "a+", encoding="ascii", newline="\n")
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self.file)
         except OSError as error:
             self.file.close()
             raise UserError(f"{self.path}: another process is writing it") from error

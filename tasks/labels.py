@@ -13,7 +13,6 @@ FILE appears whole, at the end. FILE.progress holds the settings and every probl
 without any answer included; the same command goes on from there.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -32,6 +31,7 @@ from data import Problem
 from engine import LABEL_NOISE, decode, generate
 from grading.spelling import lenient_answer
 from harness.errors import UserError
+from harness.locks import lock
 from harness.progress import Progress
 from model import end_token_ids
 from tasks.answers import found
@@ -207,7 +207,7 @@ class LabelFile:
         except OSError as error:
             raise UserError(f"{where}: cannot be written: {error.strerror}") from error
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._file)
         except OSError as error:
             raise UserError(f"{where}: another process is making it") from error
         try:

@@ -264,6 +264,28 @@ def test_peak_memory_sees_what_is_gone_again():
     assert meter.stop()[0] < 0.02
 
 
+def test_memory_fraction_caps_the_gpu_that_is_used(monkeypatch):
+    """The real function accepts a device only with its index."""
+    capped = []
+
+    def cap(fraction, device):
+        if device.index is None:
+            raise ValueError("expected a torch.device with a specified index")
+        capped.append((fraction, device.index))
+        raise UserError("stop here")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", cap)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device=None: zeros(*shape))
+    for device, index in (("auto", 0), ("cuda", 0), ("cuda:1", 1)):
+        with pytest.raises(UserError, match="stop here"):
+            bench.main(options("--memory_fraction=0.25", f"--device={device}"))
+        assert capped.pop() == (0.25, index) and not capped
+
+
 def test_errors_of_bench_are_one_line():
     for argv, words in [
         (["--prompts=0"], "prompts=0: must be at least 1"),

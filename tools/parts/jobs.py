@@ -5,7 +5,6 @@ from its checkpoint, and one of another configuration is refused.
 """
 
 import ctypes
-import fcntl
 import os
 import re
 import signal
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from harness.configurator import PROJECT, configure
 from harness.errors import UserError
+from harness.locks import lock
 from harness.plan import device_memory
 from harness.runfiles import (
     is_complete,
@@ -89,10 +89,10 @@ def state(job: Job) -> str:
 def _wait_until_free(folder: Path, seconds: float = 60.0) -> None:
     """Wait while a run whose sweep was killed ends its step (see start)."""
     deadline, waited = time.monotonic() + seconds, False
-    with open(folder / "lock", "a") as lock:
+    with open(folder / "lock", "a") as file:
         while True:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file)
                 return
             except OSError as error:
                 if time.monotonic() > deadline:

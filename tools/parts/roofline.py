@@ -109,7 +109,8 @@ class _OneColumn(nn.Module):
 def rollout_traffic(cfg: Config, rows: int) -> dict[str, float]:
     """Decode one step's rollouts with a model without work, so many rows at a time.
 
-    Prompts are half of max_prompt_tokens long, and lengths are drawn as tools.bench draws them.
+    Prompts are half of max_prompt_tokens long, and lengths are drawn as tools.bench draws them. At
+    most four times as many responses as rows are decoded, and the counts are scaled up to a step.
     Returns the decoding steps, the response tokens, the captured graphs, the columns of the cache
     that all steps read, and the share of them that are needed: of rows that are not over, up to
     their last token.
@@ -121,10 +122,12 @@ def rollout_traffic(cfg: Config, rows: int) -> dict[str, float]:
         return SimpleNamespace(replay=step)
 
     model.decode_setup = DecodeSetup(True, capture, longest_prompt=cfg.max_prompt_tokens)
-    B = cfg.prompts_per_step * cfg.group_size
+    prompts_taken = min(cfg.prompts_per_step, -(-4 * rows // cfg.group_size))
+    scale = cfg.prompts_per_step / prompts_taken
+    B = prompts_taken * cfg.group_size
     lengths = draw_lengths(B, 1, cfg.max_new_tokens, "ragged", 0)
     P = cfg.max_prompt_tokens // 2
-    prompts = [[0] * P] * cfg.prompts_per_step
+    prompts = [[0] * P] * prompts_taken
     noise = (TRAIN_NOISE, 0, 0)
     generate(
         model,
@@ -137,10 +140,10 @@ def rollout_traffic(cfg: Config, rows: int) -> dict[str, float]:
         budgets=lengths,
     )
     return {
-        "steps": model.steps,
-        "tokens": sum(lengths),
+        "steps": model.steps * scale,
+        "tokens": sum(lengths) * scale,
         "graphs": len(shapes),
-        "columns": model.columns,
+        "columns": model.columns * scale,
         # The step of response token j reads the prompt and j tokens; the prefill gives token 0.
         "needed": sum((n - 1) * P + n * (n - 1) // 2 for n in lengths) / model.columns,
     }
