@@ -177,7 +177,7 @@ def plan(
         head=V * H * s,
         row_cache=total_tokens * cache,
         row_step=V * 3 * 4,
-        prefill=PREFILL_TOKENS * (cache + layer),
+        prefill=min(PREFILL_TOKENS, rollout_rows * total_tokens) * (cache + layer),
         activations=tokens * (kept + s * 2 * inner),
         logits=chunk * V * (s + 5 * 4),
         device=device_memory(next(model.parameters()).device),

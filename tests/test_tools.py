@@ -1,6 +1,8 @@
 """Bench and sample, on throwaway models."""
 
 import json
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -11,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import sample
 from harness.adapters import save_adapter
+from harness.configurator import PROJECT
 from harness.errors import UserError
 from lora import add_lora, lora_layers
 from tasks import tiny
@@ -366,3 +369,21 @@ def test_sample_shows_base_and_trained_on_the_same_noise(tmp_path, capsys, monke
     assert "".join(same_left) == "".join(left) != "".join(other)
     with pytest.raises(UserError, match="rows 0 to 0"):
         shown("--row=1")
+
+
+# ---- systems without file locks
+
+
+@pytest.mark.parametrize("command", ["train.py", "eval.py", "sample.py", "-m tools.sweep"])
+def test_a_system_without_file_locks_is_refused_in_one_line(command, tmp_path):
+    """As on Windows, whose Python has no fcntl."""
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['fcntl'] = None")
+    run = subprocess.run(
+        [sys.executable, *command.split(), "--help"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2 and run.stdout == ""
+    assert len(run.stderr.splitlines()) == 1 and "WSL2" in run.stderr

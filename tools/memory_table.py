@@ -55,7 +55,7 @@ def step_seconds(
     column = plan.row_cache / decoded_tokens(cfg)
     moved = traffic["steps"] * plan.step_bytes(how, 0) + traffic["columns"] * column
     decoding = moved / BANDWIDTH + traffic["steps"] * kernels * KERNEL
-    weights = plan.merged / 2  # of the layers; a forward takes 2 FLOP for each, and token
+    weights = (plan.merged + plan.head) / 2  # a forward takes 2 FLOP for each, and token
     forward = 2 * weights / ARITHMETIC
     tokens = B * (prompt + mean)
     micro_batches = math.ceil(tokens / cfg.micro_batch_tokens)
