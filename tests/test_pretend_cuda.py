@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from pretend_cuda import GPU, Capture, Refused, pretended, put
+from pretend_cuda import GPU, Capture, Refused, load, pretended, put
 
 import eval as evaluation
 import model
@@ -60,8 +60,8 @@ def on(gpu, monkeypatch, dtype="float32"):
     """Let commands load their models onto the pretended GPU. Returns the captures, one a model."""
     captures = []
 
-    def load(name, quant="none", dtype=torch.float32, device=None):
-        loaded = put(gpu, load_model(name, quant, dtype))
+    def loads(name, quant="none", dtype=torch.float32, device=None):
+        loaded = load(gpu, load_model, name, quant, dtype)
         if quant == "none" and dtype == torch.float32:
             loaded.config._attn_implementation = EXPANDED_ATTENTION  # as load_model does on CUDA
         captures.append(Capture(gpu))
@@ -76,7 +76,7 @@ def on(gpu, monkeypatch, dtype="float32"):
 
     monkeypatch.setattr(model, "logits", logits)
     for module in (trainer, evaluation):
-        monkeypatch.setattr(module, "load_model", load)
+        monkeypatch.setattr(module, "load_model", loads)
         monkeypatch.setattr(module, "choose_device", lambda *a: (GPU, getattr(torch, dtype)))
     # Copying a model copies addresses that nobody tagged.
     monkeypatch.setattr(trainer, "copy", SimpleNamespace(deepcopy=lambda m: put(gpu, deepcopy(m))))
@@ -185,9 +185,9 @@ def test_a_prefill_in_fp32_repeats_keys_and_values(model_folders, monkeypatch):
     want, repeated = sampled(load_model(folder))
     assert repeated == {False}
     with pretended() as gpu:
-        got, repeated = sampled(put(gpu, load_model(folder)))
+        got, repeated = sampled(load(gpu, load_model, folder))
         assert repeated == {True} and torch.equal(got, want)
-        assert sampled(put(gpu, load_model(folder, dtype=torch.bfloat16)))[1] == {False}
+        assert sampled(load(gpu, load_model, folder, dtype=torch.bfloat16))[1] == {False}
 
 
 @pytest.mark.parametrize("given", [None, "max_split_size_mb:64"])
@@ -220,7 +220,7 @@ def test_reserved_memory_is_logged_on_a_gpu(config, monkeypatch):
 
 
 def rollout(gpu, folder, step=None, monkeypatch=None):
-    model = put(gpu, load_model(folder))
+    model = load(gpu, load_model, folder)
     capture = Capture(gpu)
     model.decode_setup = DecodeSetup(static=True, capture=capture, bucket=32)
     if step:
