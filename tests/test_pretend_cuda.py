@@ -67,7 +67,7 @@ def on(gpu, monkeypatch, dtype="float32"):
     monkeypatch.setattr(model, "logits", logits)
     for module in (trainer, evaluation):
         monkeypatch.setattr(module, "load_model", loads)
-        monkeypatch.setattr(module, "choose_device", lambda *a: (GPU, getattr(torch, dtype)))
+        monkeypatch.setattr(module, "choose_device", lambda *a, **k: (GPU, getattr(torch, dtype)))
     # Copying a model copies addresses that nobody tagged.
     monkeypatch.setattr(trainer, "copy", SimpleNamespace(deepcopy=lambda m: put(gpu, deepcopy(m))))
     return captures
