@@ -18,7 +18,8 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from harness.errors import UserError
-from model import backbone, head, logits
+from model import backbone, head
+from output_layer import logits
 
 # Below so many parameters a second thread costs more than it brings on the CPU, most of all where
 # other work keeps the cores busy (12 times as long was seen for the tiny world).

@@ -153,12 +153,12 @@ def plan(
     gradients = s * 2 * inner
     kept = tokens * (n_layers * layer_bytes + gradients)
     recomputed = tokens * (n_layers * s * H + layer_bytes + gradients)
-    # Logits of a chunk: five times in fp32, themselves and in backward the shares of logsumexp and
-    # of the gathered token, and their gradient once in the weights' type. Of a decoding step, in
+    # Logits of a chunk: twice in fp32, themselves and their exponentials, and three times in the
+    # backward pass of a trained head. Of a decoding step, in
     # fp32: as the head gives them, over the temperature, and as probabilities. A prefill holds keys
     # and values, and one layer.
     V = head(model).weight.shape[0]
-    per_logit = s + 5 * 4
+    per_logit = 4 * (3 if head(model).weight.requires_grad else 2)
     chunk = min(max(1, LOGITS_CHUNK // V), tokens)
     return Plan(
         weights=weights_bytes,

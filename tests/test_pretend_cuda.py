@@ -10,6 +10,7 @@ from decoding import slots
 from decoding.slots import DecodeSetup
 from engine import TRAIN_NOISE, generate
 from harness.loading import load_model
+from output_layer import Float32Logits
 from settings import Config
 
 pytestmark = pytest.mark.slow
@@ -61,7 +62,7 @@ def test_training_on_a_pretended_gpu(tiny_random, tmp_path, monkeypatch, quant, 
             """model.logits, which asks for the device where autograd hides what is pretended."""
             if head.weight.dtype == torch.float32:
                 return head(hidden)
-            return model._Float32Logits.apply(hidden, head.weight, head.bias, gpu.has(hidden))
+            return Float32Logits.apply(hidden, head.weight, head.bias, gpu.has(hidden))
 
         monkeypatch.setattr(model, "logits", logits)
         monkeypatch.setattr(trainer, "load_model", load)
