@@ -3,6 +3,9 @@
 In bf16 both are products of bf16 numbers with fp32 sums.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 from torch import nn
 
@@ -35,6 +38,23 @@ def weighted_rows(share: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.mm(share, weight).float()
 
 
+@contextmanager
+def _exact_bf16_products() -> Iterator[None]:
+    """Inside, oneDNN multiplies fp32 matrices on the CPU, and may read their entries as bf16.
+
+    This is exact for entries that are bf16 numbers, because sums and results stay in fp32. oneDNN
+    uses the processor's bf16 instructions where it has AMX. Elsewhere it multiplies in fp32, and
+    with few rows and two threads it is faster than the default library.
+    """
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
 class Float32Logits(torch.autograd.Function):
     """Compute h W^T + b in fp32 from bf16 or fp16 h [n, H], W [V, H] and b [V] or None.
 
@@ -53,8 +73,9 @@ class Float32Logits(torch.autograd.Function):
             wide, z = h.float(), torch.empty(len(h), len(weight), device=h.device)
             # One buffer for all blocks, since the system clears new memory page by page.
             buffer = torch.empty(HEAD_ROWS, weight.shape[1], device=h.device)
-            for part, rows in zip(z.split(HEAD_ROWS, 1), weight.split(HEAD_ROWS), strict=True):
-                torch.mm(wide, buffer[: len(rows)].copy_(rows).t(), out=part)
+            with _exact_bf16_products() if weight.dtype == torch.bfloat16 else nullcontext():
+                for part, rows in zip(z.split(HEAD_ROWS, 1), weight.split(HEAD_ROWS), strict=True):
+                    torch.mm(wide, buffer[: len(rows)].copy_(rows).t(), out=part)
         return z if bias is None else z.add_(bias)
 
     @staticmethod
