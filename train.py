@@ -51,11 +51,14 @@ from harness.configurator import configure, format_config
 from harness.errors import UserError, run
 from harness.expressions import Reward
 from harness.loading import check_positions, choose_device, load_model, load_tokenizer
-from harness.memory import DecodeWeights, decode_with, peak_memory, phase, settle
+from harness.memory import decode_with, peak_memory, phase, reserved_memory, settle
+from harness.plan import DecodeWeights
 from harness.progress import Progress
 from harness.scale import choose_scale
 from harness.second_model import SecondModel, default_second_model
 from harness.stopping import LastStep, StopOnSignal
+from harness.token_log import keep_log_ratio
+from harness.trackers import open_tracker
 from lora import adapter_off, add_lora, trainable
 from metrics import describe, describe_clip, describe_updates, sample_log, summary_table
 from model import TokenStats, checkpoint_activations, end_token_ids, rounding_error, token_stats
@@ -130,7 +133,8 @@ def one_step(run: Run, step: int) -> tuple[dict, list[dict]]:
         metrics |= update(model, run.optimizer, rollouts, judged.advantage, parts, cfg)
     # 6. Log.
     metrics = {"step": step, **metrics, **timings(rollouts, seconds)}
-    return metrics, sample_log(rollouts, judged.reward, judged.advantage)
+    tokenizer = run.tokenizer if cfg.log_tokens else None
+    return metrics, sample_log(rollouts, judged.reward, judged.advantage, tokenizer)
 
 
 @dataclass
@@ -145,10 +149,9 @@ class Judged:
 def judge(run: Run, rollouts: Rollouts) -> Judged:
     """Compute the reward of each response, and its advantage over the others of its group."""
     cfg = run.cfg
-    reward = run.reward(rollouts)  # [B]
-    if cfg.truncated == "zero":
-        reward = reward * rollouts.finished
-    rounding = rewards.rounding(run.reward, rollouts, rounding_error(run.model))  # [P]
+    rewarded = rollouts.finished | (cfg.truncated != "zero")  # bool [B]
+    reward = run.reward(rollouts) * rewarded  # [B]
+    rounding = rewards.rounding(run.reward, rollouts, rounding_error(run.model), rewarded)  # [P]
     advantage = grpo.advantages(reward, cfg.group_size, cfg.adv_norm, rounding)  # [B]
     if cfg.whiten:
         advantage = grpo.whiten(advantage, tokens_in_loss(rollouts, cfg).sum(1))
@@ -341,6 +344,8 @@ def update(
             scored = forward(model, rollouts, rows, cfg, also)
             loss, stats = loss_of(scored, rollouts, advantage, rows, normalizer, cfg, i)
             loss.backward()
+            if cfg.log_tokens:
+                keep_log_ratio(rollouts, rows, scored.logp)
             seen[-1].append(stats)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm))
         if not math.isfinite(norm):
@@ -390,12 +395,13 @@ def clip_noise(
 
 
 def timings(rollouts: Rollouts, seconds: dict[str, float]) -> dict:
-    """The sampling speed, the seconds of each phase, and the peak memory so far."""
+    """The sampling speed, the seconds of each phase, and the most memory used and held so far."""
     return {
         "tokens_per_s": rollouts.length.sum().item() / seconds["sample"],
         "seconds": sum(seconds.values()),
         **{f"seconds_{name}": value for name, value in seconds.items()},
         "peak_memory_gb": peak_memory(),
+        "reserved_memory_gb": reserved_memory(),  # None on the CPU
     }
 
 
@@ -447,6 +453,8 @@ def setup(cfg: Config) -> Run:
         for need, _, key in (need.partition(":") for need in reward.needs)
         if need == "cross_logp"
     }
+    for second in second_models.values():
+        second.check_budget(cfg.max_prompt_tokens, cfg.max_new_tokens)
     models = [model, *([frozen] if frozen else []), *(m.model for m in second_models.values())]
     decode_weights = settle(models, cfg)
     folder.config = asdict(cfg)  # includes the choices of settle, so that a resumed run keeps them
@@ -520,6 +528,7 @@ def train(cfg: Config) -> list[dict]:
             last_step.saved = done
             print(f"resumed after step {done}")
         last_step.done(done)
+        track = open_tracker(cfg.log, asdict(cfg), cfg.out_dir, history)
 
         def eval_is_due(step: int) -> bool:
             due = cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps)
@@ -535,13 +544,14 @@ def train(cfg: Config) -> list[dict]:
             folder.log(metrics, samples)
             if warning := early_warning(cfg, history[done - step :]):  # steps of this process
                 tqdm.write(f"warning: {warning}")
+            last_step.done(step)
             last = step == cfg.steps or stop.asked or eval_is_due(step)
             if last or (cfg.save_every and step % cfg.save_every == 0):
                 last_step.save(step)
-            last_step.done(step)
             if eval_is_due(step):
                 with stop.at_once():
                     run_eval(run, step)
+            track(history)
             bar.set_postfix_str(progress_line(metrics))
             if step < cfg.steps:
                 stop.check()

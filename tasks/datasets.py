@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data import Problem, rng
+from evaluation import interop
 from harness.errors import UserError
 from tasks import arithmetic
 from tasks.rows import is_chat, normal_level, problem_of
@@ -166,7 +167,8 @@ def _hub_rows(source: str, split: str) -> Iterable[tuple[str, Any]]:
 def load_completions(file: str) -> list[dict]:
     """Rows of a .jsonl of saved completions: problem, answer (str), completions (list of str) and,
     where there are any, correct, finish_reason and tokens (one of each for each completion), kind
-    (tasks/answers.py) and other columns.
+    (tasks/answers.py) and other columns. The file may also be a sample log of
+    lm-evaluation-harness (evaluation/interop.py).
 
     Raises UserError naming the line that is no such row.
     """
@@ -174,6 +176,8 @@ def load_completions(file: str) -> list[dict]:
         lines = Path(file).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--completions={file}: cannot be read as text: {error}") from error
+    if interop.is_lm_eval(lines[0]):
+        return interop.read_lm_eval(file)
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
