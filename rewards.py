@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 import grading
+from evaluation import exploration
 from harness import expressions
 from harness.expressions import Entry, Reward
 from tasks import answers
@@ -196,6 +197,17 @@ def length(rollouts) -> Tensor:
 @reward(formula="c for every response: a null, no weight moves", source="ours")
 def constant(rollouts, c: float = 1.0) -> Tensor:
     return torch.full((len(rollouts.text),), float(c))
+
+
+@reward(
+    formula="share of a list's distinct permutations that a search trace finds; for problems of "
+    "the kind `permutations`",
+    source="Wandering Solution Explorers 2505.20296",
+    needs=("to_permute",),
+)
+def coverage(rollouts) -> Tensor:
+    traces = zip(rollouts.text, rollouts.to_permute, strict=True)
+    return _float(exploration.audit(text, items).coverage for text, items in traces)
 
 
 def _repeats(text: str, shortest: int = 10, longest: int = 256, times: int = 10) -> bool:

@@ -28,6 +28,7 @@ from harness.errors import UserError
 # What to do about a field that the rollouts at hand do not have.
 MISSING = {
     "label": "majority labels in the data: make them by `python eval.py --labels=FILE`",
+    "to_permute": "problems of the kind permutations: `python -m tools.exploration --build=FOLDER`",
     "cross_logp": "the scores of a second model, which training alone fills",
 }
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import grading
+from evaluation import exploration
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,13 @@ KINDS = {
     "math": Kind(
         find=lambda text: grading.last_boxed(text),
         right=lambda texts, golds: grading.correct(texts, golds),
+    ),
+    # A search trace. Its "answer" is the number of permutations found; right: all, by valid moves.
+    "permutations": Kind(
+        find=exploration.answer,
+        right=lambda texts, golds: [
+            exploration.solved(*pair) for pair in zip(texts, golds, strict=True)
+        ],
     ),
 }
 

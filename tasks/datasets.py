@@ -12,7 +12,7 @@ from typing import Any, Literal
 from data import Problem, rng
 from grading import last_boxed
 from harness.errors import UserError
-from tasks import arithmetic
+from tasks import answers, arithmetic
 
 SUBSET = 101  # first key of the generator of subset
 
@@ -183,7 +183,16 @@ def _problem(row: Any, default_id: str) -> Problem:
         subject=_first(row, "subject", "type"),
         level=_level(_first(row, "level")),
         label=label,
+        kind=_kind(row),
     )
+
+
+def _kind(row: dict[str, Any]) -> str:
+    """How the row's answer is checked. ValueError for a kind that tasks/answers.py lacks."""
+    kind = _first(row, "kind") or "math"
+    if kind not in answers.KINDS:
+        raise ValueError(f"its kind {kind!r} is not one of {', '.join(answers.KINDS)}")
+    return kind
 
 
 def _user_turn(prompt: Any) -> str:
