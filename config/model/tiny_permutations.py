@@ -1,4 +1,4 @@
-"""The tiny permutations world. First: python -m tools.exploration --build=cache/tiny_permutations"""
+"""The tiny permutations world: `python -m tools.exploration --build=cache/tiny_permutations`."""
 
 base = "tiny.py"
 model = "cache/tiny_permutations"

@@ -1,4 +1,4 @@
-"""What the audits share: base and trained model, their samples and scores, and how a result ends."""
+"""What the audits share: base and trained model, samples, scores, and where a result goes."""
 
 import json
 from collections.abc import Iterator
@@ -64,7 +64,7 @@ def fill(cfg: PairConfig, given: dict) -> PairConfig:
         values["trained" if "model" in made else "adapter"] = next(iter(made.values()))
     elif cfg.adapter:
         cfg = over_its_base(cfg, given)
-    if tiny.is_tiny(cfg.model):
+    if not cfg.run and tiny.is_tiny(cfg.model):
         values = {"prompt": "none", "max_prompt_tokens": 32, "rollout_rows": 1024}
         values["max_new_tokens"] = tiny.RESPONSE_TOKENS
     cfg = replace(cfg, **{key: value for key, value in values.items() if key not in given})
