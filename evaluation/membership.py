@@ -3,12 +3,15 @@
 The scores, each one number a prompt, higher for a prompt that training has touched:
 
     gain      success of the trained model's samples less that of the base model's
-    drift     how far the policy moved on its own samples: an estimate of KL(trained || base)
+    drift     how much likelier training has made the trained model's samples, token by token
     both      the sum of the ranks of gain and drift
     nearness  minus the Min-kNN distance: prompts seen in training give more alike responses
 
 gain and drift are the two axes of DIBA (arXiv 2511.14045), where both together reach an AUROC of
 about 0.8. nearness is that of arXiv 2602.11792 and needs no base model.
+
+drift is a change of probabilities and not a KL: most of the KL is the shift that training brings to
+every prompt, which told members from others no better than chance on the tiny world.
 """
 
 from collections.abc import Sequence
@@ -19,10 +22,10 @@ import torch
 from scipy import stats
 
 from evaluation.statistics import bootstrap_interval
-from grpo import kl
 from rewards import auroc
 
 DRAWS = 2000  # resamples behind an interval
+ANSWERS = ("gain", "drift", "both")  # the scores that the verdict looks at
 
 
 def gains(base: np.ndarray, trained: np.ndarray) -> np.ndarray:
@@ -33,21 +36,20 @@ def gains(base: np.ndarray, trained: np.ndarray) -> np.ndarray:
 def drifts(
     trained: torch.Tensor, base: torch.Tensor, length: torch.Tensor, copies: int
 ) -> np.ndarray:
-    """The drift of each prompt, [n], in nats a token.
+    """The drift of each prompt, [n], a mean change of token probability between -1 and 1.
 
     trained, base: log-probabilities float32 [n * copies, R] of the trained model's samples under
     both models; length int64 [n * copies]. Each sample counts alike: it contributes the mean over
-    its tokens of exp(-d) - 1 + d with d = log trained - log base, which estimates the KL from the
-    trained model to the base and is never negative (grpo.kl, k3).
+    its tokens of p_trained - p_base.
     """
     mask = torch.arange(trained.shape[1]) < length[:, None]  # [B, R]
-    values = kl(trained.double(), base.double(), "k3").where(mask, 0.0)
-    per_sample = values.sum(1) / length.clamp(min=1)  # [B]
+    change = (trained.double().exp() - base.double().exp()).where(mask, 0.0)
+    per_sample = change.sum(1) / length.clamp(min=1)  # [B]
     return per_sample.view(-1, copies).mean(1).numpy()
 
 
 def both(gain: np.ndarray, drift: np.ndarray) -> np.ndarray:
-    """The sum of ranks, [n]. Ranks, as drift has a long tail; ties share their mean rank."""
+    """The sum of ranks, [n], so that neither scale matters; ties share their mean rank."""
     return stats.rankdata(gain) + stats.rankdata(drift)
 
 
@@ -96,7 +98,8 @@ def separation(score: np.ndarray, member: np.ndarray, seed: int = 0) -> dict:
     """How well a score tells members from others: means, AUROC and its 95 % bootstrap interval.
 
     score [n], member bool [n]. All scores equal give exactly 0.5, also for both ends of the
-    interval.
+    interval. `p` is that of a Mann-Whitney test of the AUROC against 0.5, one-sided: the chance of
+    such an AUROC or a larger one if membership did not matter; 1 if all scores are equal.
     """
     score, member = np.asarray(score, float), np.asarray(member, bool)
     interval = bootstrap_interval(
@@ -105,10 +108,22 @@ def separation(score: np.ndarray, member: np.ndarray, seed: int = 0) -> dict:
         draws=DRAWS,
         seed=seed,
     )
+    flat = np.ptp(score) == 0
+    test = stats.mannwhitneyu(score[member], score[~member], alternative="greater")
     return {
         "members": float(score[member].mean()),
         "held_out": float(score[~member].mean()),
         "auroc": auroc(score, member),
         "low": interval[0],
         "high": interval[1],
+        "p": 1.0 if flat else float(test.pvalue),
     }
+
+
+def memorised(rows: dict[str, dict], level: float = 0.05) -> list[str]:
+    """The scores of ANSWERS that tell members from others, with Bonferroni's correction.
+
+    rows: score -> separation(...). Together they are wrong in at most `level` of the runs that left
+    no trace.
+    """
+    return [key for key in ANSWERS if rows[key]["p"] < level / len(ANSWERS)]

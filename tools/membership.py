@@ -40,12 +40,11 @@ from tools.parts.tables import markdown_table
 LABELS = {
     "base_success": "success of the base model (control)",
     "gain": "gain of success",
-    "drift": "drift of the policy",
+    "drift": "drift of token probabilities",
     "both": "gain and drift (DIBA)",
     "nearness": "nearness (Min-kNN, no base)",
     "nearness_gain": "nearness less that of the base",
 }
-VERDICT = "both"  # the score that answers the question
 
 
 @dataclass
@@ -57,7 +56,7 @@ class MembershipConfig(PairConfig):
     held_out: str = ""  # others; "" = the run's eval set; unseen = training problems not reached
     n: int = 100  # problems of each, drawn with a fixed seed; 0 = all
     # How they are compared
-    samples: int = 8  # responses of each model to each prompt
+    samples: int = 16  # responses of each model to each prompt
     nearest: int = 0  # k of the Min-kNN distance; 0 = all samples
     temperature: float = 1.0  # of sampling and scoring
 
@@ -163,7 +162,7 @@ def measure(cfg: MembershipConfig) -> tuple[dict, dict[str, np.ndarray], np.ndar
         "held_out": int((~member).sum()),
         "samples": cfg.samples,
         "scores": rows,
-        "memorised": rows[VERDICT]["low"] > 0.5,
+        "memorised": bool(membership.memorised(rows)),
     }
     return result, found, member
 
@@ -172,25 +171,23 @@ def table(result: dict) -> str:
     """The scores as a table, and the answer in a sentence."""
     rows = [
         [label, f"{row['members']:.4g}", f"{row['held_out']:.4g}"]
-        + [f"{row['auroc']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"]
+        + [f"{row['auroc']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}", f"{row['p']:.2g}"]
         for key, label in LABELS.items()
         for row in [result["scores"][key]]
     ]
-    head = ["score", "members", "held out", "AUROC", "95 % interval"]
-    control, answer = result["scores"]["base_success"], result["scores"][VERDICT]
+    head = ["score", "members", "held out", "AUROC", "95 % interval", "p"]
+    control = result["scores"]["base_success"]
     lines = [markdown_table(head, rows), ""]
     if not control["low"] <= 0.5 <= control["high"]:
         lines.append(
             "warning: the base model already tells the two sets apart, so they differ in more "
             "than training: compare problems of one source, such as --held_out=unseen"
         )
-    if result["memorised"]:
-        verdict = "yes: its behaviour tells its training problems from the held-out ones"
-    elif answer["high"] < 0.5:
-        verdict = "no: it moved more on the held-out problems"
-    else:
-        verdict = "no sign of it: the interval holds chance, 0.5"
+    verdict = "no sign of it"
+    if telling := membership.memorised(result["scores"]):
+        verdict = f"yes, by {' and '.join(LABELS[key] for key in telling)}"
     lines.append(f"Did the run memorise its problems? {verdict}.")
+    lines.append("(One-sided Mann-Whitney tests of gain, drift and both, Bonferroni, 5 %.)")
     return "\n".join(lines)
 
 
@@ -204,7 +201,7 @@ def draw(found: dict[str, np.ndarray], member: np.ndarray, path: Path) -> None:
             x, y = (found["gain"] + jitter)[chosen], found["drift"][chosen]
             axes.scatter(x, y, s=18, color=colour, alpha=0.6, label=f"{label} ({chosen.sum()})")
         axes.set_xlabel("gain of success over the base model")
-        axes.set_ylabel("drift of the policy, nats a token")
+        axes.set_ylabel("drift: mean change of token probability")
         axes.legend(frameon=False)
     save_figure(figure, path)
 
