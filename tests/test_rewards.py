@@ -231,7 +231,7 @@ def test_watched_are_all_that_need_no_argument_and_run_where_their_inputs_are():
         "no_repetition",
         "constant",
     }
-    full = make(**SCORED, label=["2"] * 4)
+    full = make(**SCORED, label=["2"] * 4, to_permute=["ab"] * 4)
     assert not any(one.missing(full) for one in watched.values())
     assert all(len(one(full)) == 4 for one in watched.values())
 
@@ -393,7 +393,7 @@ def test_the_readmes_reward_in_a_copy_of_the_project(tmp_path, tiny_random):
     readme = (PROJECT / "README.md").read_text()
     block = readme.partition("# rewards.py\n")[2].partition("```")[0]
     assert block.startswith("@reward(")
-    for package in (".", "grading", "decoding", "harness", "tasks"):
+    for package in (".", "evaluation", "grading", "decoding", "harness", "tasks"):
         (tmp_path / package).mkdir(exist_ok=True)
         for path in (PROJECT / package).glob("*.py"):
             shutil.copy(path, tmp_path / package)

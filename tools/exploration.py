@@ -1,8 +1,8 @@
 """Does a model search systematically? Its traces over the permutations of a list, by rules.
 
     python -m tools.exploration --model=FOLDER --sizes=20,60,200 --lists=10
-    python -m tools.exploration --completions=FILE           (problem, answer = the list, completions)
-    python -m tools.exploration --build=cache/tiny_permutations    (a tiny base model to train)
+    python -m tools.exploration --completions=FILE     (problem, answer = the list, completions)
+    python -m tools.exploration --build=cache/tiny_permutations   (a tiny base model to train)
     python train.py config/coverage.py config/model/tiny_permutations.py
     python -m tools.exploration --run=out/coverage-tiny_permutations-seed0
 
