@@ -39,20 +39,24 @@ def tokens_before(offsets: Sequence[tuple[int, int]], end: int) -> int:
 
 
 def exact(completion: str, rest: str) -> bool:
-    """Whether the completion starts with the rest of the problem, word for word."""
-    wanted = rest.split()
-    return completion.split()[: len(wanted)] == wanted
+    """Whether the completion starts with the rest of the problem, but for white space.
+
+    What comes behind it may follow without a space, such as a box, but must not go on with the last
+    word.
+    """
+    text, wanted = " ".join(completion.split()), " ".join(rest.split())
+    return text.startswith(wanted) and not re.match(r"\w\w", text[len(wanted) - 1 :])
 
 
 def rouge_l(completion: str, rest: str) -> float:
-    """ROUGE-L (F measure) of the rest of a problem and as many words of the completion.
+    """ROUGE-L (F measure) of the rest of a problem and as many first words of the completion.
 
     Words are runs of lower-cased letters a to z and digits, as in the rouge-score package without
     stemming. The score is 2 P R / (P + R) with P and R the longest common subsequence over the
     number of words of either; 0 if one has no words. Source: Lin, "ROUGE" (2004), section 3.
     """
-    same_length = " ".join(completion.split()[: len(rest.split())])
-    a, b = (re.findall(r"[a-z0-9]+", text.lower()) for text in (same_length, rest))
+    a, b = (re.findall(r"[a-z0-9]+", text.lower()) for text in (completion, rest))
+    a = a[: len(b)]
     common = longest_common_subsequence(a, b)
     return 2 * common / (len(a) + len(b)) if common else 0.0
 
