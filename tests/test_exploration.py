@@ -177,6 +177,9 @@ def test_the_tool_on_a_model_and_on_completions(tmp_path, capsys):
         ([f"--completions={file}"], "12/5"),
         ([], "nothing to audit"),
         (["--model=x", "--sizes=1"], "sizes"),
+        (["--model=x", "--data=y", "--lists=3"], "lists"),
+        ([f"--completions={file}", "--samples=3"], "samples"),
+        (["--model=x", "--samples=3", "--temperature=0"], "samples"),
     ):
         with pytest.raises(UserError, match=word):
             tool.main(args)

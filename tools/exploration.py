@@ -66,6 +66,8 @@ def load(cfg: ExplorationConfig) -> list[Problem]:
         kinds = {p.kind for p in load_problems(tiny.resolve(saved), "test")}
         data = saved if kinds == {permutations.KIND} else ""
     if not data:
+        if cfg.n:
+            raise UserError(f"n={cfg.n} has no effect on made lists: use --lists and --sizes")
         return permutations.make_problems(cfg.sizes, cfg.lists, cfg.seed)
     problems = load_problems(tiny.resolve(data), "test")
     if {p.kind for p in problems} != {permutations.KIND}:
@@ -168,11 +170,27 @@ def check(cfg: ExplorationConfig) -> None:
         raise UserError(f"sizes={cfg.sizes}: wants numbers of permutations from 2 to 10000")
     if min(cfg.lists, cfg.samples) < 1 or cfg.temperature < 0:
         raise UserError("lists and samples must be at least 1, temperature not negative")
+    if cfg.samples > 1 and cfg.temperature == 0:
+        raise UserError(f"samples={cfg.samples}: greedy traces (temperature=0) are all the same")
+
+
+def refuse_idle(cfg: ExplorationConfig, given: dict) -> None:
+    """Raises UserError for a setting that was given and would do nothing."""
+    idle = set()
+    if cfg.build:
+        idle, why = set(given) - {"build", "seed"}, "build=FOLDER only makes the tiny world"
+    elif cfg.completions:
+        idle, why = set(given) - {"completions", "out"}, "completions=FILE holds the traces"
+    elif cfg.data:
+        idle, why = {"sizes", "lists"} & set(given), "data=... names the lists"
+    if idle:
+        raise UserError(f"{sorted(idle)[0]} has no effect: {why}: leave one of them out")
 
 
 def main(argv: list[str]) -> None:
     cfg, sources = configure(ExplorationConfig, argv)
     check(cfg)
+    refuse_idle(cfg, sources.given)
     if cfg.build:
         permutations.build(Path(cfg.build), cfg.seed)
         print(f"made {cfg.build}: train on it by")

@@ -55,6 +55,8 @@ def fill(cfg: PairConfig, given: dict) -> PairConfig:
     """
     if bool(cfg.run) + bool(cfg.trained) + bool(cfg.adapter) > 1:
         raise UserError("run, adapter and trained each name a trained model: keep one of them")
+    if cfg.trained and cfg.quant != "none":
+        raise UserError(f"quant={cfg.quant}: with trained=... both models are loaded plain")
     values: dict = {}
     if cfg.run:
         saved = read_config(cfg.run)
