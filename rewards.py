@@ -189,16 +189,6 @@ def no_repetition(rollouts) -> Tensor:
     return _float(not _repeats(text) for text in rollouts.text)
 
 
-@reward(formula="response length in tokens, end token included", source="ours", needs=("length",))
-def length(rollouts) -> Tensor:
-    return rollouts.length.float()
-
-
-@reward(formula="c for every response: a null, no weight moves", source="ours")
-def constant(rollouts, c: float = 1.0) -> Tensor:
-    return torch.full((len(rollouts.text),), float(c))
-
-
 @reward(
     formula="share of a list's distinct permutations that a search trace finds; for problems of "
     "the kind `permutations`",
@@ -208,6 +198,16 @@ def constant(rollouts, c: float = 1.0) -> Tensor:
 def coverage(rollouts) -> Tensor:
     traces = zip(rollouts.text, rollouts.to_permute, strict=True)
     return _float(exploration.audit(text, items).coverage for text, items in traces)
+
+
+@reward(formula="response length in tokens, end token included", source="ours", needs=("length",))
+def length(rollouts) -> Tensor:
+    return rollouts.length.float()
+
+
+@reward(formula="c for every response: a null, no weight moves", source="ours")
+def constant(rollouts, c: float = 1.0) -> Tensor:
+    return torch.full((len(rollouts.text),), float(c))
 
 
 def _repeats(text: str, shortest: int = 10, longest: int = 256, times: int = 10) -> bool:
