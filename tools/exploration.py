@@ -3,7 +3,7 @@
     python -m tools.exploration --model=FOLDER --sizes=20,60,200 --lists=10
     python -m tools.exploration --completions=FILE     (problem, answer = the list, completions)
     python -m tools.exploration --build=cache/tiny_permutations   (a tiny base model to train)
-    python train.py config/coverage.py config/model/tiny_permutations.py
+    python train.py config/study/coverage.py config/model/tiny_permutations.py
     python -m tools.exploration --run=out/coverage-tiny_permutations-seed0
 
 The rules are those of evaluation/exploration.py; a trace is cut off (no END) where the budget of
@@ -194,7 +194,7 @@ def main(argv: list[str]) -> None:
     if cfg.build:
         permutations.build(Path(cfg.build), cfg.seed)
         print(f"made {cfg.build}: train on it by")
-        print("python train.py config/coverage.py config/model/tiny_permutations.py")
+        print("python train.py config/study/coverage.py config/model/tiny_permutations.py")
         return
     if cfg.completions:
         cfg.model = cfg.model or Path(cfg.completions).stem
