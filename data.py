@@ -184,6 +184,12 @@ class Rollouts:
         return labels if all(labels) else None
 
     @property
+    def to_permute(self) -> list[str] | None:
+        """The list that each row's problem permutes, or None if a problem is of another kind."""
+        kinds = {problem.kind for problem in self.problem}
+        return [p.answer for p in self.problem] if kinds == {"permutations"} else None
+
+    @property
     def prompt_index(self) -> torch.Tensor:
         """int64 [B], the number of the row's prompt in this step."""
         return torch.arange(len(self.text), device=self.length.device) // self.group_size

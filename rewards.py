@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 import grading
+from evaluation import exploration
 from harness import expressions
 from harness.expressions import Entry, Reward
 from tasks import answers
@@ -196,6 +197,17 @@ def contains(rollouts, word: str) -> Tensor:
 )
 def no_repetition(rollouts) -> Tensor:
     return _float(not repeats(text) for text in rollouts.text)
+
+
+@reward(
+    formula="share of a list's distinct permutations that a search trace finds; for problems of "
+    "the kind `permutations`",
+    source="Wandering Solution Explorers 2505.20296",
+    needs=("to_permute",),
+)
+def coverage(rollouts) -> Tensor:
+    traces = zip(rollouts.text, rollouts.to_permute, strict=True)
+    return _float(exploration.audit(text, items).coverage for text, items in traces)
 
 
 @reward(formula="response length in tokens, end token included", source="ours", needs=("length",))

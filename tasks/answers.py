@@ -11,6 +11,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import grading
+from evaluation import exploration
 from harness.errors import UserError
 from tasks import literals
 
@@ -133,6 +134,13 @@ KINDS = {
         right=_right_literal,
         lenient=_lenient_literal,
         clusters=literals.clusters,
+    ),
+    # A search trace. Its "answer" is the number of permutations found; right: all, by valid moves.
+    "permutations": Kind(
+        find=exploration.answer,
+        right=lambda texts, golds: [
+            exploration.solved(*pair) for pair in zip(texts, golds, strict=True)
+        ],
     ),
 }
 
