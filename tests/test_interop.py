@@ -9,9 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import batch
+from conftest import batch, comparable, run_config
 from test_figures import write_run
-from conftest import comparable, run_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as evals
