@@ -72,8 +72,12 @@ def pair_up(a: Side, b: Side) -> Pair:
     """Keep the problems that both sides have, in the order of A.
 
     A problem is known by its text and gold answer. If it stands in a file several times, its first
-    rows are paired, then its second ones, and so on. Raises UserError if no problem is shared.
+    rows are paired, then its second ones, and so on. Raises UserError if no problem is shared, or
+    if a row does not say which problem it answers.
     """
+    for side in (a, b):
+        if not all(row["problem"].strip() for row in side.rows):
+            raise UserError(f"{side.name}: a row has no problem: nothing says what to pair it with")
     keyed_a, keyed_b = _keyed(a.rows), _keyed(b.rows)
     shared = [key for key in keyed_a if key in keyed_b]
     if not shared:

@@ -114,6 +114,19 @@ def test_a_bad_line_of_a_sample_log_is_named(tmp_path, bad):
         write_lm_eval(f"{file}/out_file", [])
 
 
+def test_columns_of_a_sample_log_are_checked_like_those_of_completions(tmp_path):
+    for key, value in (("correct", [True, False]), ("correct", ["no"]), ("finish_reason", [])):
+        file = save(tmp_path / "samples_x.jsonl", [line(1, ["x"], **{key: value})])
+        with pytest.raises(UserError, match=f"question 1.*{key}"):
+            load_completions(file)
+
+
+def test_problems_of_a_sample_log_may_have_names(tmp_path):
+    log = [line("b", ["x"]), line(10, ["x"]), line(2, ["x"])]
+    rows = load_completions(save(tmp_path / "samples_x.jsonl", log))
+    assert [row["problem"] for row in rows] == ["question 2", "question 10", "question b"]
+
+
 # ---- merged models
 
 
