@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.report import percent, with_error
-from evaluation.scores import MEASURES, grade, per_problem
+from evaluation.scores import MEASURE_NAMES, grade, length_unit, per_problem
 from evaluation.statistics import Difference, mcnemar, paired_difference, standard_error
 from evaluation.transitions import CLASSES, Transitions, class_of
 from harness.errors import UserError
@@ -106,17 +106,13 @@ def _keyed(rows: list[dict]) -> dict[tuple, dict]:
 def differences(pair: Pair) -> dict[str, tuple[np.ndarray, np.ndarray, Difference]]:
     """measure -> (values of A per problem [n], of B, B less A); without what a side lacks."""
     found = {}
-    for name in MEASURES:
-        if name == "length" and len({_unit(pair.a), _unit(pair.b)}) > 1:
+    for name in MEASURE_NAMES:
+        if name == "length" and length_unit(pair.a.rows) != length_unit(pair.b.rows):
             continue  # tokens and characters cannot be compared
         a, b = per_problem(pair.a.rows, name), per_problem(pair.b.rows, name)
         if a is not None and b is not None:
             found[name] = (a, b, paired_difference(a, b))
     return found
-
-
-def _unit(side: Side) -> str:
-    return "tokens" if all(row.get("tokens") for row in side.rows) else "characters"
 
 
 def samples_per_problem(side: Side) -> int | None:
@@ -192,7 +188,7 @@ def _table(pair: Pair) -> str:
     lines = ["| | A | B | B - A | 95 % interval | p |", "|---|--:|--:|--:|--:|--:|"]
     for name, (a, b, d) in differences(pair).items():
         if name == "length":
-            unit = f"length ({_unit(pair.a)})"
+            unit = f"length ({length_unit(pair.a.rows)})"
             values = [f"{x.mean():.1f} ± {standard_error(x) or 0:.1f}" for x in (a, b)]
             scale, digits, name = 1, 1, unit
         else:
@@ -201,7 +197,7 @@ def _table(pair: Pair) -> str:
         interval = p = ""
         if d.low is not None:
             interval = f"{scale * d.low:+.{digits}f} to {scale * d.high:+.{digits}f}"
-            p = f"{d.p:.2g}"
+            p = "undefined" if d.p is None else f"{d.p:.2g}"
         lines.append(
             f"| {name} | {' | '.join(values)} | {scale * d.mean:+.{digits}f} | {interval} | {p} |"
         )

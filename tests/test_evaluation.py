@@ -92,6 +92,25 @@ def test_repetition_and_what_is_unknown():
     assert per_problem(grade(rows), "truncated") is None
 
 
+def test_other_numbers_of_samples_and_columns_that_some_rows_lack():
+    """The faults: k and pass@k were those of the first row, shares were over samples, lengths mixed
+    tokens with characters, and truncated left out the rows where it is unknown."""
+    one = {"problem": "p", "answer": "1", "correct": [True], "completions": ["python " * 2]}
+    four = {
+        "problem": "q",
+        "answer": "1",
+        "correct": [False] * 3 + [True],
+        "completions": ["x"] * 4,
+    }
+    one |= {"tokens": [[5]], "finish_reason": ["length"]}
+    s = summarize([four, one])
+    assert (s["k"], s["pass_at_k"], s["accuracy"]) == (1, 0.625, 0.625)
+    assert s["code_frequency"] == 0.5 and s["truncated"] is None
+    assert (s["length"], s["length_unit"]) == ((14 + 1) / 2, "characters")
+    assert per_problem([four, one], "length").tolist() == [1, 14]
+    assert summarize([one])["truncated"] == 1 and summarize([one])["length_unit"] == "tokens"
+
+
 def test_a_row_is_graded_by_the_rule_of_its_own_kind():
     row = {"problem": "p", "answer": "{'a': 1}", "kind": "python"}
     graded = grade([row | {"completions": [r"\boxed{{'a':1}}", r"\boxed{'a': 1}"]}])
