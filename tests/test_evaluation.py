@@ -254,11 +254,22 @@ def test_prompts_and_temperatures_from_the_command_line(tiny_random, tmp_path, c
         (["--temperatures=0", "--temperature=1"], "temperature has no effect"),
         (["--labels=x", "--prompts=none"], "prompts has no effect"),
         (["--check_batch=-1"], "check_batch"),
+        (["--labels=x", "--check_batch=2"], "check_batch has no effect"),
+        (["--completions=x", "--k=2"], "k has no effect"),
+        (["--prompts=,"], "prompts=,"),
+        (["--temperatures=,"], "temperatures=,"),
+        (["--temperatures=0,,1"], "temperatures=0,,1"),
+        (["--n=-1"], "n=-1"),
+        (["--seed=-1"], "seed=-1"),
+        (["--top_k=-1"], "top_k=-1"),
+        (["--top_p=0"], "top_p=0"),
+        (["--top_p=1.5"], "top_p=1.5"),
     ],
 )
 def test_mistakes_in_these_options(tiny_random, args, word):
+    named = [] if args[0] == "--completions=x" else [f"--model={tiny_random}"]
     with pytest.raises(UserError, match=word):
-        command.main([f"--model={tiny_random}", f"--data={tiny_random}", *args])
+        command.main([*named, *args])
 
 
 @pytest.mark.slow
