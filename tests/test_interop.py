@@ -207,6 +207,17 @@ def test_wandb_gets_each_step_once_with_its_eval(tiny_random, tmp_path, monkeypa
     assert [step for step, _ in sent] == [0, 1, 2, 3]
 
 
+def test_the_step_of_an_interrupted_eval_is_sent_when_the_eval_is_done(tmp_path, monkeypatch):
+    sent = []
+    log = SimpleNamespace(log=lambda metrics, step: sent.append((step, metrics)))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: log))
+    history = [{"step": 1, "reward": 0.5}, {"step": 2, "reward": 0.75}]
+    send = trackers.open_tracker("wandb", {}, str(tmp_path), history)
+    history[-1] |= {"eval_accuracy": 1.0}
+    send([*history, {"step": 3, "reward": 0.0}])
+    assert sent == [(2, {"reward": 0.75, "eval_accuracy": 1.0}), (3, {"reward": 0.0})]
+
+
 def test_a_tracker_that_fails_to_open_is_one_line(tmp_path, monkeypatch):
     def init(**options):
         raise RuntimeError("no login\nlong advice")
