@@ -114,6 +114,12 @@ def test_a_bad_line_of_a_sample_log_is_named(tmp_path, bad):
         write_lm_eval(f"{file}/out_file", [])
 
 
+def test_the_help_of_a_command_without_settings(capsys):
+    with pytest.raises(SystemExit) as end:
+        export.main(["--help"])
+    assert not end.value.code and "COMPLETIONS OUT" in capsys.readouterr().out
+
+
 def test_columns_of_a_sample_log_are_checked_like_those_of_completions(tmp_path):
     for key, value in (("correct", [True, False]), ("correct", ["no"]), ("finish_reason", [])):
         file = save(tmp_path / "samples_x.jsonl", [line(1, ["x"], **{key: value})])
