@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -164,6 +165,20 @@ def test_a_resumed_run_keeps_its_schedules(small, monkeypatch):
     assert comparable(train(replace(cfg, resume=True))) == comparable(whole)
     a, b = weights(cfg.out_dir), weights(small.out_dir + "whole")
     assert all(torch.equal(a[k], b[k]) for k in b)
+
+
+@pytest.mark.parametrize(
+    "change", [{"lr_schedule": "cosine"}, {"warmup": 0.5}, {"loss": "hoelder"}]
+)
+def test_a_resumed_run_keeps_the_steps_of_its_schedule(small, change):
+    """The fault: with other steps the learning rate jumped, and config.json named one schedule."""
+    cfg = asdict(replace(small, steps=2, **change))
+    folder = Path(small.out_dir)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"config": cfg}))
+    with pytest.raises(UserError, match="steps"):
+        RunFolder._compare(SimpleNamespace(folder=folder), cfg | {"steps": 4}, 2)
+    RunFolder._compare(SimpleNamespace(folder=folder), cfg, 2)
 
 
 def read_jsonl_of(cfg):
