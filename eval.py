@@ -118,9 +118,9 @@ def evaluate(
 
     Returns (summary, rows). A row has the problem's columns, its prompt as text, and of each sample
     completions, correct, finish_reason, tokens (of the response) and logprob (their summed
-    log-probability at the sampling temperature). The samples are a function of the seed and a
-    problem's position in items. path is the file for the rows. With it, an interrupted eval
-    continues from the rows that it has kept (harness/partial.py).
+    log-probability at the sampling temperature, 1 if greedy). The samples are a function of the
+    seed and a problem's position in items. path is the file for the rows. With it, an interrupted
+    eval continues from the rows that it has kept (harness/partial.py).
     """
     settings = {}
     if path is not None:
