@@ -576,6 +576,11 @@ def test_early_warnings():
     assert "reward=ground_truth" in early_warning(cfg, [flat] * 5)
     assert early_warning(replace(cfg, adv_norm="raw"), [flat] * 5) == ""
     assert early_warning(cfg, [flat] * 4 + [idle]) == early_warning(cfg, []) == ""
+    watching = replace(cfg, watch='contains("so"); majority; ')
+    logged = {'contains("so")/mean': None}  # as a watched reward that failed is logged
+    line = early_warning(watching, [logged])
+    assert "majority" in line and "label" in line and "contains" not in line
+    assert early_warning(watching, [logged | {"majority/mean": 0.5}]) == ""
     # If nearly every response is cut off, the warning names this cause and not the flat groups.
     cut = {"truncated": 0.97}
     for changes, row in (({}, flat), ({"truncated": "zero"}, flat), ({"truncated": "mask"}, idle)):
