@@ -7,7 +7,16 @@ import pytest
 from conftest import run_config
 
 from harness.errors import UserError
-from tools.clip_pull import PullConfig, main, measure, per_clipped, read_results, summarize
+from tools.clip_pull import (
+    KEPT,
+    PullConfig,
+    main,
+    measure,
+    per_clipped,
+    read_results,
+    summarize,
+    text_of,
+)
 
 
 @pytest.mark.slow
@@ -40,6 +49,15 @@ def test_pull_per_clipped_token():
     mean, half = per_clipped(pull, share)
     assert mean == pytest.approx(0.01 / 0.2) and 0.05 < half < 0.3
     assert per_clipped(pull, 0 * share) is None
+    assert per_clipped(pull[:1], share[:1]) == (pytest.approx(0.2), None)
+
+
+def test_a_single_batch_has_no_interval():
+    """The fault: it was shown as 0, which excludes every effect."""
+    row = {"batch": 1, "lr": 1e-3, "tokens": 5} | dict.fromkeys(KEPT, 0.5)
+    (one,) = summarize([row])
+    assert one["pull_high"] == (0.5, None) and one["per_clipped_low"] == (1.0, None)
+    assert "±" not in text_of([one]) and "±" in text_of(summarize([row, row]))
 
 
 @pytest.mark.parametrize(

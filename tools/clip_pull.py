@@ -110,13 +110,21 @@ def measure_batch(r: train.Run, batch: int, rates: list[float]) -> list[dict]:
     return rows
 
 
-def per_clipped(pull: np.ndarray, share: np.ndarray) -> tuple[float, float] | None:
+def with_half_width(values: np.ndarray) -> tuple[float, float | None]:
+    """The mean over batches, and half its 95 % interval, None for a single batch."""
+    mean, half = mean_and_half_width(values)
+    return mean, half if len(values) > 1 else None
+
+
+def per_clipped(pull: np.ndarray, share: np.ndarray) -> tuple[float, float | None] | None:
     """Pull per clipped token over all batches, and half its 95 % bootstrap interval over batches.
 
-    Returns None if nothing was clipped.
+    Returns None if nothing was clipped. The interval is None for a single batch.
     """
     if share.sum() == 0:
         return None
+    if len(share) == 1:
+        return float(pull.sum() / share.sum()), None
     draws = np.random.default_rng(0).integers(0, len(share), (2000, len(share)))
     clipped = share[draws].sum(1)
     ratios = pull[draws].sum(1)[clipped > 0] / clipped[clipped > 0]
@@ -134,10 +142,10 @@ def summarize(rows: list[dict]) -> list[dict]:
         for side in ("high", "low"):
             pull, share = column[f"clip_pull_{side}"], column[f"clip_frac_{side}"]
             out[f"clip_frac_{side}"] = float(share.mean())
-            out[f"pull_{side}"] = mean_and_half_width(pull)
+            out[f"pull_{side}"] = with_half_width(pull)
             out[f"per_clipped_{side}"] = per_clipped(pull, share)
         both = column["clip_pull_high"] + column["clip_pull_low"]
-        out["pull_both"] = mean_and_half_width(both)
+        out["pull_both"] = with_half_width(both)
         table.append(out)
     return table
 
@@ -145,8 +153,11 @@ def summarize(rows: list[dict]) -> list[dict]:
 def text_of(table: list[dict]) -> str:
     """The summary as a markdown table, with 95 % intervals over batches."""
 
-    def cell(value: tuple[float, float] | None, scale: float = 1) -> str:
-        return "-" if value is None else f"{value[0] * scale:+.3f} ± {value[1] * scale:.3f}"
+    def cell(value: tuple[float, float | None] | None, scale: float = 1) -> str:
+        if value is None:
+            return "-"
+        half = "" if value[1] is None else f" ± {value[1] * scale:.3f}"
+        return f"{value[0] * scale:+.3f}{half}"
 
     head = ["lr", "batches", "tokens", "clipped from above", "from below"]
     head += ["pull per clipped token, above", "below", "pull per 1000 tokens, above", "below"]
