@@ -189,7 +189,7 @@ def _table(pair: Pair) -> str:
     for name, (a, b, d) in differences(pair).items():
         if name == "length":
             unit = f"length ({length_unit(pair.a.rows)})"
-            values = [f"{x.mean():.1f} ± {standard_error(x) or 0:.1f}" for x in (a, b)]
+            values = [_plain(float(x.mean()), standard_error(x)) for x in (a, b)]
             scale, digits, name = 1, 1, unit
         else:
             values = [with_error(float(x.mean()), standard_error(x)).strip() for x in (a, b)]
@@ -206,6 +206,11 @@ def _table(pair: Pair) -> str:
         "difference. p: paired t test."
     )
     return "\n".join(lines) + f"\n\n{note}"
+
+
+def _plain(x: float, stderr: float | None) -> str:
+    """A number with its standard error, if it has one."""
+    return f"{x:.1f}" + (f" ± {stderr:.1f}" if stderr is not None else "")
 
 
 def _test(pair: Pair) -> str:

@@ -146,3 +146,10 @@ def test_rows_without_a_problem_are_not_paired(tmp_path, capsys):
     for sides in ((a, b), (b, a)):
         with pytest.raises(UserError, match="a.jsonl.*no problem"):
             compare.main(list(sides))
+
+
+def test_a_single_problem_has_no_error(tmp_path, capsys):
+    a, b = (write(tmp_path / f"{name}.jsonl", rows(name)) for name in "01")
+    out, found = compared(capsys, a, b, "--examples=0")
+    assert "±" not in out.split("Means")[0]
+    assert found["differences"]["length"]["stderr"] is None
