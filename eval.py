@@ -25,6 +25,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from data import PROMPTS, Problem, prepare
+from decoding import sampling as sampler
 from engine import EVAL_NOISE, decode_rows, generate
 from evaluation.invariance import batch_effect
 from evaluation.labelling import make_labels
@@ -117,9 +118,9 @@ def evaluate(
 
     Returns (summary, rows). A row has the problem's columns, its prompt as text, and of each sample
     completions, correct, finish_reason, tokens (of the response) and logprob (their summed
-    log-probability at the sampling temperature). The samples are a function of the seed and a
-    problem's position in items. path is the file for the rows. With it, an interrupted eval
-    continues from the rows that it has kept (harness/partial.py).
+    log-probability at the sampling temperature, 1 if greedy). The samples are a function of the
+    seed and a problem's position in items. path is the file for the rows. With it, an interrupted
+    eval continues from the rows that it has kept (harness/partial.py).
     """
     settings = {}
     if path is not None:
@@ -281,11 +282,14 @@ def grade_file(file: str) -> None:
 
 def check(cfg: EvalConfig, given: dict) -> None:
     """Raise UserError for settings that cannot work together, or cannot work at all."""
-    for key in ("completions", "out", "prompts", "temperatures") if cfg.labels else ():
-        if getattr(cfg, key):
-            raise UserError(
-                f"{key} has no effect with --labels=FILE, which samples and writes FILE"
-            )
+    if cfg.labels:
+        idle = given.keys() & {"completions", "out", "prompts", "temperatures", "check_batch"}
+        why = "--labels=FILE, which samples and writes FILE"
+    else:
+        idle = given.keys() - {"completions"} if cfg.completions else set()
+        why = "--completions=FILE, which only grades FILE"
+    if idle:
+        raise UserError(f"{min(idle)} has no effect with {why}")
     if not cfg.labels and "label_by" in given:
         raise UserError("label_by acts only with --labels=FILE")
     for key in ("prompt", "temperature"):
@@ -293,7 +297,8 @@ def check(cfg: EvalConfig, given: dict) -> None:
             raise UserError(f"{key} has no effect with {key}s={getattr(cfg, f'{key}s')}")
     names_of(cfg.prompts, "none")  # both refuse what they cannot read
     temperatures_of(cfg.temperatures, 0.0)
-    least = {"k": 1, "rollout_rows": 1, "max_new_tokens": 1, "check_batch": 0, "temperature": 0}
+    sampler.check(cfg.temperature, cfg.top_p, cfg.top_k, cfg.seed)
+    least = {"k": 1, "rollout_rows": 1, "max_new_tokens": 1, "check_batch": 0, "n": 0}
     for key, value in least.items():
         if getattr(cfg, key) < value:
             raise UserError(f"{key}={getattr(cfg, key)}: must be at least {value}")
@@ -311,8 +316,13 @@ def main(argv: list[str]) -> None:
     if cfg.labels:
         make_labels(cfg, load_for_eval)
         return
-    if cfg.temperature == 0 and cfg.k > 1 and not cfg.temperatures:
-        print(f"warning: k={cfg.k} acts only with temperature > 0; one greedy sample a problem")
+    if cfg.temperature == 0 and not cfg.temperatures:
+        for key, off in (("k", 1), ("top_p", 1.0), ("top_k", 0)):
+            if getattr(cfg, key) != off:
+                print(
+                    f"warning: {key}={getattr(cfg, key)} acts only with temperature > 0: "
+                    "one greedy sample a problem"
+                )
     problems = subset(load_problems(tiny.resolve(cfg.data), "test"), cfg.n, cfg.level, cfg.subject)
     model, tokenizer = load_for_eval(cfg)
     check_positions(model, cfg.max_prompt_tokens, cfg.max_new_tokens)

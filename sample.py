@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import grading
 from data import PROMPTS, Problem, prepare
+from decoding import sampling as sampler
 from engine import EVAL_NOISE, decode, generate
 from eval import load_for_eval
 from harness.configurator import configure
@@ -32,7 +32,7 @@ from harness.progress import Progress
 from harness.runfiles import over_its_base, read_config, stale, trained_weights
 from lora import adapter_off
 from model import end_token_ids
-from tasks import tiny
+from tasks import answers, tiny
 from tasks.datasets import load_problems
 
 
@@ -96,10 +96,12 @@ def side_by_side(columns: list[str], width: int) -> str:
     return "\n".join(" | ".join(part.ljust(each) for part in row).rstrip() for row in rows)
 
 
-def verdict(text: str, gold: str, finished: bool) -> str:
+def verdict(text: str, problem: Problem, finished: bool) -> str:
     """The extracted answer and, if the gold answer is known, whether it is right."""
-    answer = grading.last_boxed(text)
-    right = f", {'right' if grading.correct([text], [gold])[0] else 'wrong'}" if gold else ""
+    (answer,) = answers.found([text], [problem])
+    right = ""
+    if problem.answer:
+        right = ", right" if answers.correct([text], [problem])[0] else ", wrong"
     cut = "" if finished else ", cut off"
     return f"[{'no answer' if answer is None else 'answer: ' + answer}{right}{cut}]"
 
@@ -156,8 +158,9 @@ def main(argv: list[str]) -> None:
     cfg = fill(cfg, sources.given)
     if not cfg.model:
         raise UserError("nothing to sample from: name --run=FOLDER or --model=...")
-    if cfg.n < 1 or cfg.max_new_tokens < 1 or cfg.temperature < 0:
-        raise UserError("n and max_new_tokens must be at least 1, temperature not negative")
+    if cfg.n < 1 or cfg.max_new_tokens < 1:
+        raise UserError("n and max_new_tokens must be at least 1")
+    sampler.check(cfg.temperature, cfg.top_p, cfg.top_k, cfg.seed)
     if cfg.question:
         problem = Problem(cfg.question, "", id="")
     else:
@@ -186,9 +189,9 @@ def main(argv: list[str]) -> None:
     for i in range(cfg.n):
         print("-" * width + (f"\nanswer {i + 1} of {cfg.n}" if cfg.n > 1 else ""))
         texts = []
-        for name, answers in columns.items():
-            text, finished = answers[i]
-            texts.append(f"{name}:\n\n{text}\n\n{verdict(text, problem.answer, finished)}")
+        for name in columns:
+            text, finished = columns[name][i]
+            texts.append(f"{name}:\n\n{text}\n\n{verdict(text, problem, finished)}")
         print(side_by_side(texts, width))
 
 

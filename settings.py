@@ -196,10 +196,22 @@ def early_warning(cfg: Config, steps: list[dict]) -> str:
 
     steps are the metrics of all steps of this process. Each warning is returned only once.
     """
+    if len(steps) == 1:
+        return _not_watched(cfg, steps[0])
     if len(steps) == 5:
         return _nothing_to_learn(cfg, steps)
     if len(steps) == 10 and can_clip(cfg) and cfg.lr > 0:
         return _nothing_clipped(cfg, steps)
+    return ""
+
+
+def _not_watched(cfg: Config, metrics: dict) -> str:
+    """Return a warning if this run cannot compute a reward that `watch` names, else ""."""
+    for expression in filter(str.strip, cfg.watch.split(";")):
+        one = rewards.parse(expression)
+        if f"{one}/mean" not in metrics:
+            needs = ", ".join(one.needs)
+            return f"watch: {one} is not logged: it needs {needs}, and this run lacks some of it"
     return ""
 
 

@@ -391,7 +391,11 @@ def clip_noise(
         scored = forward(model, rollouts, [row], cfg)
         seen.append(loss_of(scored, rollouts, advantage, [row], 1.0, cfg, first)[1])
     clip = describe_clip(seen)
-    return clip["clip_frac_low"] + clip["clip_frac_high"]
+    # As a share of all tokens of the step, like the clip fractions: idle rows are never clipped.
+    tokens = tokens_in_loss(rollouts, cfg).sum(1)  # [B]
+    busy = torch.tensor([row for row in rows if not idle[row]])
+    share = tokens[~idle].sum() / tokens.sum() * tokens[rows].sum() / tokens[busy].sum()
+    return (clip["clip_frac_low"] + clip["clip_frac_high"]) * share.item()
 
 
 def timings(rollouts: Rollouts, seconds: dict[str, float]) -> dict:

@@ -3,7 +3,18 @@
 import numpy as np
 import torch
 
+from harness.errors import UserError
+
 BLOCK = 128  # tokens per block of the vocabulary; probabilities are first summed by block
+
+
+def check(temperature: float, top_p: float, top_k: int, seed: int) -> None:
+    """Raise UserError for settings of a sampler that mean nothing."""
+    for key, value in (("temperature", temperature), ("top_k", top_k), ("seed", seed)):
+        if value < 0:
+            raise UserError(f"{key}={value}: must not be negative")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p={top_p}: must be above 0 and at most 1 (off)")
 
 
 def uniforms(noise: tuple[int, ...], prompt: int, sample: int, n: int) -> np.ndarray:

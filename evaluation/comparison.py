@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.report import percent, with_error
-from evaluation.scores import MEASURES, grade, per_problem
+from evaluation.scores import MEASURE_NAMES, grade, length_unit, per_problem
 from evaluation.statistics import Difference, mcnemar, paired_difference, standard_error
 from evaluation.transitions import CLASSES, Transitions, class_of
 from harness.errors import UserError
@@ -72,8 +72,12 @@ def pair_up(a: Side, b: Side) -> Pair:
     """Keep the problems that both sides have, in the order of A.
 
     A problem is known by its text and gold answer. If it stands in a file several times, its first
-    rows are paired, then its second ones, and so on. Raises UserError if no problem is shared.
+    rows are paired, then its second ones, and so on. Raises UserError if no problem is shared, or
+    if a row does not say which problem it answers.
     """
+    for side in (a, b):
+        if not all(row["problem"].strip() for row in side.rows):
+            raise UserError(f"{side.name}: a row has no problem: nothing says what to pair it with")
     keyed_a, keyed_b = _keyed(a.rows), _keyed(b.rows)
     shared = [key for key in keyed_a if key in keyed_b]
     if not shared:
@@ -102,17 +106,13 @@ def _keyed(rows: list[dict]) -> dict[tuple, dict]:
 def differences(pair: Pair) -> dict[str, tuple[np.ndarray, np.ndarray, Difference]]:
     """measure -> (values of A per problem [n], of B, B less A); without what a side lacks."""
     found = {}
-    for name in MEASURES:
-        if name == "length" and len({_unit(pair.a), _unit(pair.b)}) > 1:
+    for name in MEASURE_NAMES:
+        if name == "length" and length_unit(pair.a.rows) != length_unit(pair.b.rows):
             continue  # tokens and characters cannot be compared
         a, b = per_problem(pair.a.rows, name), per_problem(pair.b.rows, name)
         if a is not None and b is not None:
             found[name] = (a, b, paired_difference(a, b))
     return found
-
-
-def _unit(side: Side) -> str:
-    return "tokens" if all(row.get("tokens") for row in side.rows) else "characters"
 
 
 def samples_per_problem(side: Side) -> int | None:
@@ -188,8 +188,8 @@ def _table(pair: Pair) -> str:
     lines = ["| | A | B | B - A | 95 % interval | p |", "|---|--:|--:|--:|--:|--:|"]
     for name, (a, b, d) in differences(pair).items():
         if name == "length":
-            unit = f"length ({_unit(pair.a)})"
-            values = [f"{x.mean():.1f} ± {standard_error(x) or 0:.1f}" for x in (a, b)]
+            unit = f"length ({length_unit(pair.a.rows)})"
+            values = [_plain(float(x.mean()), standard_error(x)) for x in (a, b)]
             scale, digits, name = 1, 1, unit
         else:
             values = [with_error(float(x.mean()), standard_error(x)).strip() for x in (a, b)]
@@ -197,7 +197,7 @@ def _table(pair: Pair) -> str:
         interval = p = ""
         if d.low is not None:
             interval = f"{scale * d.low:+.{digits}f} to {scale * d.high:+.{digits}f}"
-            p = f"{d.p:.2g}"
+            p = "undefined" if d.p is None else f"{d.p:.2g}"
         lines.append(
             f"| {name} | {' | '.join(values)} | {scale * d.mean:+.{digits}f} | {interval} | {p} |"
         )
@@ -206,6 +206,11 @@ def _table(pair: Pair) -> str:
         "difference. p: paired t test."
     )
     return "\n".join(lines) + f"\n\n{note}"
+
+
+def _plain(x: float, stderr: float | None) -> str:
+    """A number with its standard error, if it has one."""
+    return f"{x:.1f}" + (f" ± {stderr:.1f}" if stderr is not None else "")
 
 
 def _test(pair: Pair) -> str:

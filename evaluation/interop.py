@@ -60,7 +60,13 @@ def read_lm_eval(path: Path | str) -> list[dict]:
                 rows[doc_id] = _completions(row, where)
         except (ValueError, RecursionError, KeyError, TypeError) as error:
             raise UserError(f"{where}: not a line of a sample log ({error!r})") from error
-    return [rows[doc_id] for doc_id in sorted(rows)]
+    return [rows[doc_id] for doc_id in sorted(rows, key=_place)]
+
+
+def _place(doc_id: object) -> tuple[bool, int, str]:
+    """Where a problem stands: numbers in order, then anything else by its text."""
+    number = isinstance(doc_id, int)
+    return not number, doc_id if number else 0, str(doc_id)
 
 
 def _completions(row: dict, where: str) -> dict:

@@ -42,9 +42,11 @@ def exact(completion: str, rest: str) -> bool:
     """Whether the completion starts with the rest of the problem, but for white space.
 
     What comes behind it may follow without a space, such as a box, but must not go on with the last
-    word.
+    word. A rest without text matches nothing.
     """
     text, wanted = " ".join(completion.split()), " ".join(rest.split())
+    if not wanted:
+        return False
     return text.startswith(wanted) and not re.match(r"\w\w", text[len(wanted) - 1 :])
 
 

@@ -54,6 +54,8 @@ class Setting:
 def names_of(prompts: str, default: str) -> list[str]:
     """The formats in a list such as none,simplerl. Raises UserError for an unknown one."""
     names = [name.strip() for name in (prompts or default).split(",") if name.strip()]
+    if not names:
+        raise UserError(f"prompts={prompts}: names no format")
     for name in names:
         if name not in PROMPTS:
             raise UserError(f"prompts: unknown format {name!r}: it is one of {', '.join(PROMPTS)}")
@@ -62,8 +64,10 @@ def names_of(prompts: str, default: str) -> list[str]:
 
 def temperatures_of(temperatures: str, default: float) -> list[float]:
     """The numbers in a list such as 0,0.6,1. Raises UserError for what is no temperature."""
+    if not temperatures:
+        return [default]
     try:
-        values = [float(text) for text in temperatures.split(",") if text.strip()] or [default]
+        values = [float(text) for text in temperatures.split(",")]
     except ValueError:
         raise UserError(f"temperatures={temperatures}: not a list of numbers: 0,0.6,1") from None
     if not all(0 <= value < float("inf") for value in values):

@@ -66,9 +66,15 @@ def is_boxed(text: str) -> bool:
     return grading.last_boxed(text) is not None
 
 
-def length_of(row: dict, i: int) -> int:
-    """Tokens of sample i with its end token, or characters where the tokens were not saved."""
-    return len(row["tokens"][i]) if row.get("tokens") else len(row["completions"][i])
+def length_unit(rows: list[dict]) -> str:
+    """tokens, or characters if any row lacks its tokens: the two are never mixed."""
+    return "tokens" if all(row.get("tokens") for row in rows) else "characters"
+
+
+def lengths(rows: list[dict]) -> list[list[int]]:
+    """The length of each sample in length_unit(rows). The end token counts."""
+    column = "tokens" if length_unit(rows) == "tokens" else "completions"
+    return [[len(one) for one in row[column]] for row in rows]
 
 
 # name -> (row, sample) -> value; None where it is unknown
@@ -80,14 +86,20 @@ MEASURES: dict[str, Callable[[dict, int], float | None]] = {
         row["finish_reason"][i] == "length" if row.get("finish_reason") else None
     ),
     "repetition": lambda row, i: rewards.repeats(row["completions"][i]),
-    "length": length_of,
 }
+MEASURE_NAMES = (*MEASURES, "length")
 
 
 def per_problem(rows: list[dict], name: str) -> np.ndarray | None:
-    """The mean of a measure over the samples of each problem, [n]; None where it is unknown."""
-    measure = MEASURES[name]
-    values = [[measure(row, i) for i in range(len(row["completions"]))] for row in rows]
+    """The mean of a measure over the samples of each problem, [n]; None where it is unknown.
+
+    name is one of MEASURE_NAMES.
+    """
+    if name == "length":
+        values = lengths(rows)
+    else:
+        measure = MEASURES[name]
+        values = [[measure(row, i) for i in range(len(row["completions"]))] for row in rows]
     if any(value is None for row in values for value in row):
         return None
     return np.array([np.mean(row) for row in values])
@@ -97,50 +109,51 @@ def per_problem(rows: list[dict], name: str) -> np.ndarray | None:
 
 
 def summarize(rows: list[dict]) -> dict:
-    """The figures of graded rows that are numbers.
+    """The figures of graded rows that are numbers. Shares are means over problems of the mean over
+    a problem's samples, so a problem with more samples counts no more than another.
 
     accuracy        mean of correct: avg@k, and greedy accuracy where k = 1
     stderr          its standard error over problems (k samples of one problem are not k problems)
     low, high       its 95 % bootstrap interval over problems
-    pass_at_k       pass@k for k = the number of samples: the share of problems with a right one
+    pass_at_k       pass@k for k below
     boxed           share with a box that is not empty
     code_frequency  share that contains "python"
-    accuracy_code, accuracy_language   accuracy with and without code; None if there are none
-    truncated       share that ran out of tokens; None if unknown
+    accuracy_code, accuracy_language   share of the samples with and without code that are right;
+                    None if there are none
+    truncated       share that ran out of tokens; None if unknown for any
     repetition      share in which a pattern of 10 to 256 characters stands 10 times in a row
-    length, length_right, length_wrong   mean length in length_unit: tokens, or characters where
-                    the tokens were not saved
-    n, k            problems, and samples of the first of them
+    length          mean length in length_unit: tokens, or characters if any row lacks tokens
+    length_right, length_wrong   mean length of the right and of the wrong samples
+    n, k            problems, and samples of each; the fewest if they differ
     """
-    samples = [(row, i) for row in rows for i in range(len(row["completions"]))]
-    correct = np.array([bool(row["correct"][i]) for row, i in samples])
-    code = np.array([uses_code(row["completions"][i]) for row, i in samples])
-    length = np.array([length_of(row, i) for row, i in samples], dtype=float)
-    reasons = [reason for row in rows for reason in row.get("finish_reason") or []]
+    correct = np.array([bool(right) for row in rows for right in row["correct"]])
+    code = np.array([uses_code(text) for row in rows for text in row["completions"]])
+    length = np.array([one for row in lengths(rows) for one in row], dtype=float)
     accuracy = per_problem(rows, "accuracy")
     low, high = bootstrap_interval(accuracy) or (None, None)
+    curve = pass_curve([row["correct"] for row in rows])
 
-    def mean(values: np.ndarray) -> float | None:
-        return float(values.mean()) if len(values) else None
+    def mean(values: np.ndarray | None) -> float | None:
+        return float(values.mean()) if values is not None and len(values) else None
 
     return {
         "accuracy": float(accuracy.mean()),
         "stderr": standard_error(accuracy),
         "low": low,
         "high": high,
-        "pass_at_k": float(np.mean([any(row["correct"]) for row in rows])),
-        "boxed": float(per_problem(rows, "boxed").mean()),
-        "code_frequency": float(code.mean()),
+        "pass_at_k": curve[-1][0],
+        "boxed": mean(per_problem(rows, "boxed")),
+        "code_frequency": mean(per_problem(rows, "code_frequency")),
         "accuracy_code": mean(correct[code]),
         "accuracy_language": mean(correct[~code]),
-        "truncated": mean(np.array([reason == "length" for reason in reasons])),
-        "repetition": float(per_problem(rows, "repetition").mean()),
-        "length": float(length.mean()),
+        "truncated": mean(per_problem(rows, "truncated")),
+        "repetition": mean(per_problem(rows, "repetition")),
+        "length": mean(per_problem(rows, "length")),
         "length_right": mean(length[correct]),
         "length_wrong": mean(length[~correct]),
-        "length_unit": "tokens" if all(row.get("tokens") for row in rows) else "characters",
+        "length_unit": length_unit(rows),
         "n": len(rows),
-        "k": len(rows[0]["completions"]),
+        "k": len(curve),
     }
 
 

@@ -64,7 +64,10 @@ def bootstrap_interval(
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference over n problems; stderr, low, high and p are None if n < 2."""
+    """A mean difference over n problems; stderr, low, high and p are None if n < 2.
+
+    p is also None if all differences are equal and not 0, since the t test then divides by 0.
+    """
 
     mean: float
     stderr: float | None  # of the mean, over problems
@@ -88,8 +91,8 @@ def paired_difference(a: Values, b: Values, level: float = LEVEL, seed: int = 0)
     if len(d) < 2:
         return Difference(float(d.mean()), None, None, None, None, len(d))
     low, high = bootstrap_interval(d, level=level, seed=seed)
-    if np.ptp(d) == 0:  # the t test divides by 0 here
-        p = 1.0 if d[0] == 0 else 0.0
+    if np.ptp(d) <= 1e-12:  # equal, but for rounding
+        p = 1.0 if abs(d[0]) <= 1e-12 else None
     else:
         p = float(stats.ttest_rel(b, a).pvalue)
     return Difference(float(d.mean()), standard_error(d), low, high, p, len(d))

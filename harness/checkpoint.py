@@ -52,6 +52,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of a parameter
 # The settings that may change when a run is resumed. They decide how long and where it runs, and
 # what it costs. Any other setting decides what the run learns or how its curve is measured. With
 # another value the rest would be another experiment, and config.json would describe only the rest.
+# steps is one of those if a schedule is spread over them.
 FREE = (
     "steps",
     "eval_every",
@@ -113,7 +114,7 @@ class RunFolder:
             # Older runs lack the settings that are new. They ran with what is now the default.
             if before == now or key in ("resume", "out_dir") or key not in saved:
                 continue
-            if key not in FREE:
+            if key not in FREE or (key == "steps" and _has_schedule(config)):
                 raise UserError(
                     f"resume: {key} was {before} and is now {now}: keep it, or start a new run in "
                     "another --out_dir"
@@ -248,6 +249,12 @@ class RunFolder:
 
     def __exit__(self, *error) -> None:
         self._lock.close()
+
+
+def _has_schedule(config: dict) -> bool:
+    """Whether updates depend on the number of steps of the whole run (see settings.py)."""
+    rate = config["lr_schedule"] != "constant" or config["warmup"] > 0
+    return rate or (config["loss"] == "hoelder" and config["hoelder_p"] != config["hoelder_p_end"])
 
 
 def _provenance() -> dict:

@@ -287,7 +287,7 @@ def _help(cls: type, scales: bool) -> str:
     """
     defaults, kinds = cls(), _kinds(cls)
     left = {key: f"--{key}={_show(getattr(defaults, key))}" for key in kinds}
-    width = min(max(map(len, left.values())), 44)
+    width = min(max(map(len, left.values()), default=0), 44)  # some commands have no key
     script = Path(sys.argv[0])
     call = f"-m tools.{script.stem}" if script.parent.name == "tools" else script.name
     files = " [config/EXPERIMENT.py] [config/model/SCALE.py]" if scales else ""

@@ -79,6 +79,7 @@ class Kept:
         self.file = ProgressFile(path) if path else None
         if not self.file:
             return
+        rows = []
         try:
             first, *rows = self.file.read() or [None]
             if first == json.loads(json.dumps(settings)):
@@ -86,6 +87,8 @@ class Kept:
         except (ValueError, KeyError, AttributeError):  # damaged
             self.rows = {}
         if not self.rows:
+            if rows:
+                print(f"{self.file.path}: {len(rows)} results of other settings are dropped")
             self.file.clear()
             self.file.append([settings])
 

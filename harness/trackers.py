@@ -33,7 +33,8 @@ def open_tracker(
     """A function that sends the rows of history (metrics.jsonl) that were not sent yet.
 
     It is to be called when a step and its eval are done. Rows that are in history now belong to an
-    earlier process, which sent them. Raises UserError where the tracker cannot be opened.
+    earlier process, which sent them. One that gets an eval later is sent then, since a process that
+    ended in an eval has not sent its step. Raises UserError where the tracker cannot be opened.
     """
     module = library(log)
     if module is None:
@@ -43,14 +44,13 @@ def open_tracker(
     except Exception as error:  # each library has its own errors, such as for a missing login
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"log={log} cannot be opened: {reason}") from error
-    sent = history[-1]["step"] if history else -1
+    sent = {row["step"]: len(row) for row in history}  # step -> its number of keys
 
     def send(history: list[dict]) -> None:
-        nonlocal sent
         for row in history:
-            if row["step"] > sent:
-                sent = row["step"]
-                write(numbers(row), sent)
+            if len(row) > sent.get(row["step"], 0):
+                sent[row["step"]] = len(row)
+                write(numbers(row), row["step"])
 
     return send
 

@@ -82,6 +82,11 @@ def _side_by_side(columns: list[Column]) -> list[dict]:
 
     A problem that stands in several rows is paired by its place among them.
     """
+    for column in columns:
+        if not column.rows:
+            raise UserError(f"{column.name}: its eval holds no completions")
+        if len(columns) > 1 and not all(str(row["problem"]).strip() for row in column.rows):
+            raise UserError(f"{column.name}: a row has no problem: nothing says what to pair it to")
     by_key = [_by_problem(column.rows) for column in columns]
     common = [key for key in by_key[0] if all(key in rows for rows in by_key)]
     if not common:

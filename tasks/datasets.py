@@ -173,11 +173,14 @@ def load_completions(file: str) -> list[dict]:
     Raises UserError naming the line that is no such row.
     """
     try:
-        lines = Path(file).read_text(encoding="utf-8").split("\n")
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--completions={file}: cannot be read as text: {error}") from error
+        raise UserError(f"{file}: cannot be read as text: {error}") from error
     if interop.is_lm_eval(lines[0]):
-        return interop.read_lm_eval(file)
+        rows = interop.read_lm_eval(file)
+        for row in rows:
+            _check_completions(row, f"{file}: problem {row['problem']!r}"[:200])
+        return rows
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -186,21 +189,39 @@ def load_completions(file: str) -> list[dict]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{file}:{number}: not JSON ({error})") from error
-        texts = row.get("completions") if isinstance(row, dict) else None
-        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
-            raise UserError(f"{file}:{number}: wants completions, a list of one or more strings")
-        if row.get("answer") is None:
-            raise UserError(f"{file}:{number}: wants an answer")
-        for key in ("correct", "finish_reason", "tokens"):
-            values = row.get(key)
-            if values is not None and (not isinstance(values, list) or len(values) != len(texts)):
-                raise UserError(f"{file}:{number}: wants as many of {key} as of completions")
-        if not all(isinstance(ids, list) for ids in row.get("tokens") or []):
-            raise UserError(f"{file}:{number}: wants tokens, a list of token ids per completion")
-        rows.append({"problem": "", **row, "answer": str(row["answer"])})
+        if isinstance(row, dict):  # a null is no value
+            row = {"problem": ""} | {key: value for key, value in row.items() if value is not None}
+            if isinstance(row["problem"], int | float):
+                row["problem"] = str(row["problem"])
+        _check_completions(row, f"{file}:{number}")
+        rows.append({**row, "answer": str(row["answer"])})
     if not rows:
         raise UserError(f"{file}: holds no completions")
     return rows
+
+
+def _check_completions(row: Any, where: str) -> None:
+    """Raise UserError, beginning with where, if row is no row of load_completions."""
+    texts = row.get("completions") if isinstance(row, dict) else None
+    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
+        raise UserError(f"{where}: wants completions, a list of one or more strings")
+    if row.get("answer") is None:
+        raise UserError(f"{where}: wants an answer")
+    for key in ("problem", "kind"):
+        if not isinstance(row.get(key, ""), str):
+            raise UserError(f"{where}: wants {key} to be a text")
+    for key in ("correct", "finish_reason", "tokens"):
+        values = row.get(key)
+        if values is not None and (not isinstance(values, list) or len(values) != len(texts)):
+            raise UserError(f"{where}: wants as many of {key} as of completions")
+    if not all(isinstance(value, bool | int | float) for value in row.get("correct") or []):
+        raise UserError(f"{where}: wants correct, a list of true and false")
+    if not all(isinstance(ids, list) for ids in row.get("tokens") or []):
+        raise UserError(f"{where}: wants tokens, a list of token ids per completion")
+    try:
+        "".join([row.get("problem", ""), str(row["answer"]), *texts]).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: half of a surrogate pair, which is no character") from None
 
 
 def subset(

@@ -137,3 +137,19 @@ def test_real_completions(shared, tmp_path, capsys):
     out, found = compared(capsys, str(whole), str(part))
     assert found["n"] == 15 and found["differences"]["accuracy"]["mean"] == 0
     assert "5 problems only in A" in out
+
+
+def test_rows_without_a_problem_are_not_paired(tmp_path, capsys):
+    """The fault: they were paired by gold answer and order, whatever they had answered."""
+    a = write(tmp_path / "a.jsonl", [row | {"problem": None} for row in rows("10")])
+    b = write(tmp_path / "b.jsonl", rows("10"))
+    for sides in ((a, b), (b, a)):
+        with pytest.raises(UserError, match="a.jsonl.*no problem"):
+            compare.main(list(sides))
+
+
+def test_a_single_problem_has_no_error(tmp_path, capsys):
+    a, b = (write(tmp_path / f"{name}.jsonl", rows(name)) for name in "01")
+    out, found = compared(capsys, a, b, "--examples=0")
+    assert "±" not in out.split("Means")[0]
+    assert found["differences"]["length"]["stderr"] is None

@@ -135,6 +135,10 @@ def test_a_run_is_measured_as_it_measured_itself(tmp_path, own, tokens):
         ('{"answer": "1", "completions": ["x"], "tokens": [3]}', ":1: wants tokens"),
         ('{"answer": "1", "completions": ["x"], "finish_reason": []}', "finish_reason"),
         ('{"answer": "1", "completions": ["x"], "kind": "odd"}', "kind=odd"),
+        ('{"answer": "1", "completions": ["x"], "kind": ["odd"]}', ":1: wants kind"),
+        ('{"answer": "1", "completions": ["x"], "problem": ["p"]}', ":1: wants problem"),
+        ('{"answer": "1", "completions": ["x"], "correct": ["no"]}', ":1: wants correct"),
+        ('{"answer": "1", "completions": ["\\ud83d"]}', ":1: half of a surrogate|:1: not JSON"),
     ],
 )
 def test_mistakes_in_a_completions_file(tmp_path, text, word):
@@ -143,6 +147,13 @@ def test_mistakes_in_a_completions_file(tmp_path, text, word):
         path.write_text(text)
     with pytest.raises(UserError, match=word):
         evaluation.main([f"--completions={path}"])
+
+
+def test_a_null_is_no_value_and_a_byte_order_mark_no_text(tmp_path):
+    path = tmp_path / "c.jsonl"
+    odd = {"problem": None, "answer": 1, "kind": None, "correct": None, "completions": ["x"]}
+    path.write_text("\ufeff" + json.dumps(odd), encoding="utf-8")
+    assert load_completions(str(path)) == [{"problem": "", "answer": "1", "completions": ["x"]}]
 
 
 def test_other_mistakes(tmp_path):

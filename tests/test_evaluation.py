@@ -92,6 +92,25 @@ def test_repetition_and_what_is_unknown():
     assert per_problem(grade(rows), "truncated") is None
 
 
+def test_other_numbers_of_samples_and_columns_that_some_rows_lack():
+    """The faults: k and pass@k were those of the first row, shares were over samples, lengths mixed
+    tokens with characters, and truncated left out the rows where it is unknown."""
+    one = {"problem": "p", "answer": "1", "correct": [True], "completions": ["python " * 2]}
+    four = {
+        "problem": "q",
+        "answer": "1",
+        "correct": [False] * 3 + [True],
+        "completions": ["x"] * 4,
+    }
+    one |= {"tokens": [[5]], "finish_reason": ["length"]}
+    s = summarize([four, one])
+    assert (s["k"], s["pass_at_k"], s["accuracy"]) == (1, 0.625, 0.625)
+    assert s["code_frequency"] == 0.5 and s["truncated"] is None
+    assert (s["length"], s["length_unit"]) == ((14 + 1) / 2, "characters")
+    assert per_problem([four, one], "length").tolist() == [1, 14]
+    assert summarize([one])["truncated"] == 1 and summarize([one])["length_unit"] == "tokens"
+
+
 def test_a_row_is_graded_by_the_rule_of_its_own_kind():
     row = {"problem": "p", "answer": "{'a': 1}", "kind": "python"}
     graded = grade([row | {"completions": [r"\boxed{{'a':1}}", r"\boxed{'a': 1}"]}])
@@ -235,11 +254,22 @@ def test_prompts_and_temperatures_from_the_command_line(tiny_random, tmp_path, c
         (["--temperatures=0", "--temperature=1"], "temperature has no effect"),
         (["--labels=x", "--prompts=none"], "prompts has no effect"),
         (["--check_batch=-1"], "check_batch"),
+        (["--labels=x", "--check_batch=2"], "check_batch has no effect"),
+        (["--completions=x", "--k=2"], "k has no effect"),
+        (["--prompts=,"], "prompts=,"),
+        (["--temperatures=,"], "temperatures=,"),
+        (["--temperatures=0,,1"], "temperatures=0,,1"),
+        (["--n=-1"], "n=-1"),
+        (["--seed=-1"], "seed=-1"),
+        (["--top_k=-1"], "top_k=-1"),
+        (["--top_p=0"], "top_p=0"),
+        (["--top_p=1.5"], "top_p=1.5"),
     ],
 )
 def test_mistakes_in_these_options(tiny_random, args, word):
+    named = [] if args[0] == "--completions=x" else [f"--model={tiny_random}"]
     with pytest.raises(UserError, match=word):
-        command.main([f"--model={tiny_random}", f"--data={tiny_random}", *args])
+        command.main([*named, *args])
 
 
 @pytest.mark.slow

@@ -114,6 +114,25 @@ def test_a_bad_line_of_a_sample_log_is_named(tmp_path, bad):
         write_lm_eval(f"{file}/out_file", [])
 
 
+def test_the_help_of_a_command_without_settings(capsys):
+    with pytest.raises(SystemExit) as end:
+        export.main(["--help"])
+    assert not end.value.code and "COMPLETIONS OUT" in capsys.readouterr().out
+
+
+def test_columns_of_a_sample_log_are_checked_like_those_of_completions(tmp_path):
+    for key, value in (("correct", [True, False]), ("correct", ["no"]), ("finish_reason", [])):
+        file = save(tmp_path / "samples_x.jsonl", [line(1, ["x"], **{key: value})])
+        with pytest.raises(UserError, match=f"question 1.*{key}"):
+            load_completions(file)
+
+
+def test_problems_of_a_sample_log_may_have_names(tmp_path):
+    log = [line("b", ["x"]), line(10, ["x"]), line(2, ["x"])]
+    rows = load_completions(save(tmp_path / "samples_x.jsonl", log))
+    assert [row["problem"] for row in rows] == ["question 2", "question 10", "question b"]
+
+
 # ---- merged models
 
 
@@ -192,6 +211,17 @@ def test_wandb_gets_each_step_once_with_its_eval(tiny_random, tmp_path, monkeypa
     assert opened[0]["name"] == "run" and opened[0]["config"]["steps"] == 2
     train(replace(cfg, steps=3, resume=True))
     assert [step for step, _ in sent] == [0, 1, 2, 3]
+
+
+def test_the_step_of_an_interrupted_eval_is_sent_when_the_eval_is_done(tmp_path, monkeypatch):
+    sent = []
+    log = SimpleNamespace(log=lambda metrics, step: sent.append((step, metrics)))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: log))
+    history = [{"step": 1, "reward": 0.5}, {"step": 2, "reward": 0.75}]
+    send = trackers.open_tracker("wandb", {}, str(tmp_path), history)
+    history[-1] |= {"eval_accuracy": 1.0}
+    send([*history, {"step": 3, "reward": 0.0}])
+    assert sent == [(2, {"reward": 0.75, "eval_accuracy": 1.0}), (3, {"reward": 0.0})]
 
 
 def test_a_tracker_that_fails_to_open_is_one_line(tmp_path, monkeypatch):

@@ -138,6 +138,9 @@ def test_mistakes(tmp_path):
         (["--model=tiny", "--trained=tiny_bad", "--samples=1"], "samples"),
         (["--model=tiny", "--trained=tiny_bad", "--nearest=99"], "nearest"),
         (["--model=tiny", "--trained=tiny_bad"], "--members"),
+        (["--model=a", "--trained=b", "--members=c", "--held_out=unseen"], "without a run"),
+        (["--model=a", "--trained=b", "--n=-1"], "n=-1"),
+        (["--model=a", "--trained=b", "--seed=-1"], "seed=-1"),
     ):
         with pytest.raises(UserError, match=word):
             tool.main(args)

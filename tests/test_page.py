@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from test_figures import write_run
@@ -147,6 +148,12 @@ def test_bad_sources_are_refused(two_files, run_folder, tmp_path):
             sample.main([f"--html={tmp_path / 'page.html'}", *named])
     with pytest.raises(UserError, match="cannot be written"):
         sample.main([f"--html={other}/page.html", other])
+    with pytest.raises(UserError, match="other.*no problem"):
+        collect([two_files[0], write_rows(tmp_path / "other.jsonl", [row("", RIGHT)])])
+    for file in (Path(run_folder) / "eval").glob("*.jsonl"):
+        file.write_text("")
+    with pytest.raises(UserError, match="no completions"):
+        collect([run_folder])
 
 
 def test_data_cannot_end_its_script_element():

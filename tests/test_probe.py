@@ -43,6 +43,7 @@ def test_exact_match_is_word_for_word():
     assert probe.exact(" god?\\boxed{1}", " god?") and probe.exact("is 2.", "is 2")
     for completion, rest in (("of 2 and 3", "of 2 and 3?"), ("Of 2", "of 2"), ("is 25", "is 2")):
         assert not probe.exact(completion, rest)
+    assert not probe.exact("anything", " \n")  # nothing was asked for
 
 
 def test_cuts():

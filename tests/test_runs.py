@@ -179,7 +179,7 @@ def test_eval_on_the_command_line_goes_on_and_equals_an_uninterrupted_one(
     assert a == b and not progress.exists()
 
 
-def test_completions_of_other_settings_are_not_kept(tmp_path):
+def test_completions_of_other_settings_are_not_kept(tmp_path, capsys):
     from harness.partial import Kept
 
     with Kept(tmp_path / "c", {"seed": 0}) as kept:
@@ -188,8 +188,9 @@ def test_completions_of_other_settings_are_not_kept(tmp_path):
             Kept(tmp_path / "c", {"seed": 0})
     with Kept(tmp_path / "c", {"seed": 0}) as kept:
         assert kept.rows == {3: {"completions": ["x"], "finish_reason": ["stop"]}}
+    assert capsys.readouterr().out == ""
     with Kept(tmp_path / "c", {"seed": 1}) as kept:
-        assert kept.rows == {}
+        assert kept.rows == {} and "c.progress: 1 " in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------- logs

@@ -191,6 +191,13 @@ def test_clip_noise_is_what_rounding_alone_clips(scored):
     cfg = Config(lora_r=4, updates_per_step=2, clip_low=1e-4, clip_high=1e-4)
     assert trainer.clip_noise(model, r, advantage, parts, cfg) > 0.2
     assert trainer.clip_noise(model, r, advantage, parts, replace(cfg, clip="off")) == 0
+    # Idle rows count as tokens that are not clipped, like in the clip fractions, wherever they are.
+    whole, n = trainer.clip_noise(model, r, advantage, parts, cfg), r.length.double()
+    for idle, scale in (([3, 4, 5], 1.0), ([8], n[[1, 2, 8]].sum() / n[[1, 2]].sum())):
+        few = advantage.clone()
+        few[idle] = 0
+        want = whole * scale * (1 - n[idle].sum() / n.sum())
+        assert trainer.clip_noise(model, r, few, parts, cfg) == pytest.approx(float(want), rel=1e-5)
     assert trainer.clip_noise(model, r, advantage, [[[0]], [[1]]], cfg) is None
 
 

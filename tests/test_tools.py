@@ -12,6 +12,7 @@ from test_figures import write_run
 from transformers import AutoModelForCausalLM
 
 import sample
+from data import Problem
 from harness.adapters import save_adapter
 from harness.configurator import PROJECT
 from harness.errors import UserError
@@ -367,6 +368,21 @@ def test_sample_shows_base_and_trained_on_the_same_noise(tmp_path, capsys, monke
     assert "".join(same_left) == "".join(left) != "".join(other)
     with pytest.raises(UserError, match="row"):
         shown("--row=1")
+
+
+@pytest.mark.parametrize(
+    "kind,gold,text,shown",
+    [
+        ("rounded", "20.39", r"\boxed{20.388}", "[answer: 20.388, right]"),
+        ("python", "{'a': 1}", r"\boxed{{'a':1}}", "[answer: {'a':1}, right]"),
+        ("math", "20.39", r"\boxed{20.388}", "[answer: 20.388, wrong]"),
+        ("math", "", "no box", "[no answer, cut off]"),
+    ],
+)
+def test_sample_judges_by_the_rule_of_the_data_set(kind, gold, text, shown):
+    """The fault: every answer was judged as mathematics."""
+    problem = Problem("p", gold, "0", kind=kind)
+    assert sample.verdict(text, problem, finished=gold != "") == shown
 
 
 # ---- systems without file locks

@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -164,6 +165,20 @@ def test_a_resumed_run_keeps_its_schedules(small, monkeypatch):
     assert comparable(train(replace(cfg, resume=True))) == comparable(whole)
     a, b = weights(cfg.out_dir), weights(small.out_dir + "whole")
     assert all(torch.equal(a[k], b[k]) for k in b)
+
+
+@pytest.mark.parametrize(
+    "change", [{"lr_schedule": "cosine"}, {"warmup": 0.5}, {"loss": "hoelder"}]
+)
+def test_a_resumed_run_keeps_the_steps_of_its_schedule(small, change):
+    """The fault: with other steps the learning rate jumped, and config.json named one schedule."""
+    cfg = asdict(replace(small, steps=2, **change))
+    folder = Path(small.out_dir)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"config": cfg}))
+    with pytest.raises(UserError, match="steps"):
+        RunFolder._compare(SimpleNamespace(folder=folder), cfg | {"steps": 4}, 2)
+    RunFolder._compare(SimpleNamespace(folder=folder), cfg, 2)
 
 
 def read_jsonl_of(cfg):
@@ -561,6 +576,11 @@ def test_early_warnings():
     assert "reward=ground_truth" in early_warning(cfg, [flat] * 5)
     assert early_warning(replace(cfg, adv_norm="raw"), [flat] * 5) == ""
     assert early_warning(cfg, [flat] * 4 + [idle]) == early_warning(cfg, []) == ""
+    watching = replace(cfg, watch='contains("so"); majority; ')
+    logged = {'contains("so")/mean': None}  # as a watched reward that failed is logged
+    line = early_warning(watching, [logged])
+    assert "majority" in line and "label" in line and "contains" not in line
+    assert early_warning(watching, [logged | {"majority/mean": 0.5}]) == ""
     # If nearly every response is cut off, the warning names this cause and not the flat groups.
     cut = {"truncated": 0.97}
     for changes, row in (({}, flat), ({"truncated": "zero"}, flat), ({"truncated": "mask"}, idle)):

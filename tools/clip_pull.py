@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import rewards
 import train
 from data import partition
 from harness.checkpoint import FREE
@@ -24,7 +25,7 @@ from harness.configurator import configure
 from harness.errors import UserError, run
 from harness.runfiles import read_jsonl
 from lora import trainable
-from settings import Config
+from settings import Config, can_clip
 from tools.parts.intervals import mean_and_half_width
 from tools.parts.tables import markdown_table
 
@@ -49,11 +50,14 @@ def identity(cfg: PullConfig) -> dict:
 
 
 def read_results(path: Path, cfg: PullConfig) -> list[dict]:
-    """The lines of the results. Raises UserError if they are of other settings."""
+    """The lines of the results. Raises UserError if they are of other settings, or no results."""
     rows = read_jsonl(path) if path.exists() else []
     wanted = json.loads(json.dumps(identity(cfg)))
     for row in rows:
-        changed = [key for key in wanted if row["settings"].get(key) != wanted[key]]
+        settings = row.get("settings")
+        if not isinstance(settings, dict) or not {"batch", "lr", "tokens", *KEPT} <= row.keys():
+            raise UserError(f"results={path}: holds other lines than results: name another file")
+        changed = [key for key in wanted if settings.get(key) != wanted[key]]
         if changed:
             raise UserError(f"results={path}: of another {changed[0]}: name another file")
     return rows
@@ -83,11 +87,15 @@ def measure_batch(r: train.Run, batch: int, rates: list[float]) -> list[dict]:
     start = {name: value.detach().clone() for name, value in trainable(model).items()}
     with train.decode_with(model, r.decode_weights):
         rollouts = train.sample_rollouts(model, r.tokenizer, r.items, cfg, batch)
-    advantage = train.judge(r, rollouts).advantage
-    idle = train.no_gradient(rollouts, advantage, cfg).numpy()
+    advantage, idle = None, None
+    if not rewards.reads_scores(r.reward):  # as in train.one_step
+        advantage = train.judge(r, rollouts).advantage
+        idle = train.no_gradient(rollouts, advantage, cfg).numpy()
     total = (rollouts.prompt_len + rollouts.length).tolist()
     parts = partition(total, cfg.updates_per_step, cfg.micro_batch_tokens, cfg.seed, batch, idle)
-    train.score(model, rollouts, parts, cfg)
+    train.score(model, rollouts, parts, cfg, r.frozen, r.second_models)
+    if advantage is None:
+        advantage = train.judge(r, rollouts).advantage
     rows = []
     for lr in rates:
         one = replace(cfg, lr=lr)
@@ -102,13 +110,21 @@ def measure_batch(r: train.Run, batch: int, rates: list[float]) -> list[dict]:
     return rows
 
 
-def per_clipped(pull: np.ndarray, share: np.ndarray) -> tuple[float, float] | None:
+def with_half_width(values: np.ndarray) -> tuple[float, float | None]:
+    """The mean over batches, and half its 95 % interval, None for a single batch."""
+    mean, half = mean_and_half_width(values)
+    return mean, half if len(values) > 1 else None
+
+
+def per_clipped(pull: np.ndarray, share: np.ndarray) -> tuple[float, float | None] | None:
     """Pull per clipped token over all batches, and half its 95 % bootstrap interval over batches.
 
-    Returns None if nothing was clipped.
+    Returns None if nothing was clipped. The interval is None for a single batch.
     """
     if share.sum() == 0:
         return None
+    if len(share) == 1:
+        return float(pull.sum() / share.sum()), None
     draws = np.random.default_rng(0).integers(0, len(share), (2000, len(share)))
     clipped = share[draws].sum(1)
     ratios = pull[draws].sum(1)[clipped > 0] / clipped[clipped > 0]
@@ -126,10 +142,10 @@ def summarize(rows: list[dict]) -> list[dict]:
         for side in ("high", "low"):
             pull, share = column[f"clip_pull_{side}"], column[f"clip_frac_{side}"]
             out[f"clip_frac_{side}"] = float(share.mean())
-            out[f"pull_{side}"] = mean_and_half_width(pull)
+            out[f"pull_{side}"] = with_half_width(pull)
             out[f"per_clipped_{side}"] = per_clipped(pull, share)
         both = column["clip_pull_high"] + column["clip_pull_low"]
-        out["pull_both"] = mean_and_half_width(both)
+        out["pull_both"] = with_half_width(both)
         table.append(out)
     return table
 
@@ -137,8 +153,11 @@ def summarize(rows: list[dict]) -> list[dict]:
 def text_of(table: list[dict]) -> str:
     """The summary as a markdown table, with 95 % intervals over batches."""
 
-    def cell(value: tuple[float, float] | None, scale: float = 1) -> str:
-        return "-" if value is None else f"{value[0] * scale:+.3f} ± {value[1] * scale:.3f}"
+    def cell(value: tuple[float, float | None] | None, scale: float = 1) -> str:
+        if value is None:
+            return "-"
+        half = "" if value[1] is None else f" ± {value[1] * scale:.3f}"
+        return f"{value[0] * scale:+.3f}{half}"
 
     head = ["lr", "batches", "tokens", "clipped from above", "from below"]
     head += ["pull per clipped token, above", "below", "pull per 1000 tokens, above", "below"]
@@ -159,12 +178,32 @@ def text_of(table: list[dict]) -> str:
     return markdown_table(head, lines)
 
 
-def main(argv: list[str]) -> None:
-    cfg, _ = configure(PullConfig, argv)
-    if cfg.batches < 1 or not cfg.rates or not cfg.results:
+def check_pull(cfg: PullConfig) -> None:
+    """Raise UserError for settings that cannot work, or that would give a rate another meaning."""
+    if cfg.batches < 1 or not cfg.rates or min(cfg.rates) < 0 or not cfg.results:
         raise UserError("name --results=FILE.jsonl, --rates=A,B,... and --batches of at least 1")
+    for key in ("lr_schedule", "warmup"):
+        if getattr(cfg, key) != getattr(Config, key):
+            raise UserError(f"{key}={getattr(cfg, key)}: each rate is used as it is: leave it out")
+    if cfg.loss == "hoelder" and cfg.hoelder_p != cfg.hoelder_p_end:
+        raise UserError("hoelder_p_end: every batch is at the base policy: set it to hoelder_p")
+    if not can_clip(cfg):
+        raise UserError(
+            f"clip={cfg.clip}, updates_per_step={cfg.updates_per_step}: nothing can be clipped"
+        )
+
+
+def main(argv: list[str]) -> None:
+    cfg, sources = configure(PullConfig, argv)
+    if sources.origin["lr"] == "command line":
+        raise UserError("lr has no effect: --rates=A,B,... are the learning rates")
+    check_pull(cfg)
     path = Path(cfg.results)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise UserError(f"results={path}: cannot be written: {error.strerror}") from error
     measure(cfg, path)
     table = summarize(read_results(path, cfg))
     print(f"\n{text_of(table)}\n")

@@ -91,7 +91,7 @@ def run_problems(folder: str) -> tuple[list[Problem], list[Problem], list[Proble
 def load_sets(cfg: MembershipConfig) -> tuple[list[Problem], list[Problem]]:
     """Members and held-out problems, at most cfg.n of each. Raises UserError if one is empty."""
     seen, unseen, held_out = run_problems(cfg.run) if cfg.run else ([], [], [])
-    if not cfg.run and not (cfg.members and cfg.held_out):
+    if not cfg.run and (not cfg.members or cfg.held_out in ("", "unseen")):
         raise UserError("without a run, name both sets: --members=FILE --held_out=FILE")
     if cfg.held_out == "unseen":
         if not unseen:

@@ -50,8 +50,8 @@ class Arm:
     def by_bin(self, key: str) -> np.ndarray:
         """[seeds, bins]: the fraction of a bin's tokens that was clipped, averaged over all steps.
 
-        key: clip_high_bins or clip_low_bins. Steps are weighted by their tokens in the bin. A bin
-        without tokens is nan. The result is empty, [0, 0], if a run did not log the key.
+        key: clip_high_bins or clip_low_bins. Steps are weighted by the share of their tokens in the
+        bin. A bin without tokens is nan. The result is empty, [0, 0], if a run did not log the key.
         """
         runs = []
         for rows in self.runs:

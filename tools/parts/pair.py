@@ -38,13 +38,13 @@ class PairConfig:
     trained: str = ""  # the trained model as a hub id or folder of its own
     quant: Literal["none", "nf4"] = "none"  # nf4: 4-bit weights; not given: as in the adapter
     # How they are asked
-    prompt: str = "qwen_math"  # prompt format: qwen_math, simplerl, math_problem, none
+    prompt: str = "qwen_math"  # prompt format, one of data.PROMPTS, e.g. qwen_math, none
     max_prompt_tokens: int = 1024  # longer prompts are dropped; their number is printed
     max_new_tokens: int = 512  # longest response, in tokens
     rollout_rows: int = 64  # responses decoded at once; this bounds the KV cache
     seed: int = 0  # seed of the samples and of the bootstrap
     device: str = "auto"  # auto = cuda if available, else cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto = bfloat16 on cuda, else float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: harness/loading.py
     out: str = ""  # folder of the JSON file and the figure; "" = the run's, or out/audits-MODEL
 
 
@@ -72,9 +72,10 @@ def fill(cfg: PairConfig, given: dict) -> PairConfig:
     cfg = replace(cfg, **{key: value for key, value in values.items() if key not in given})
     if not cfg.model:
         raise UserError("nothing to audit: name --run=FOLDER, or --model=...")
-    for key in ("max_prompt_tokens", "max_new_tokens", "rollout_rows"):
-        if getattr(cfg, key) < 1:
-            raise UserError(f"{key}={getattr(cfg, key)}: must be at least 1")
+    least = {"max_prompt_tokens": 1, "max_new_tokens": 1, "rollout_rows": 1, "seed": 0, "n": 0}
+    for key, value in least.items():
+        if getattr(cfg, key, value) < value:  # not every audit has n
+            raise UserError(f"{key}={getattr(cfg, key)}: must be at least {value}")
     return cfg
 
 
