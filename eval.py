@@ -15,6 +15,7 @@ import harness  # noqa: F401  (before torch: see harness/__init__.py)
 # isort: split
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -26,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 import grading
 from data import PROMPTS, Problem, prepare
 from engine import EVAL_NOISE, decode_rows, generate
+from harness import ranks
 from harness.adapters import load_adapter
 from harness.configurator import configure
 from harness.errors import UserError, run
@@ -148,15 +150,20 @@ def evaluate(
     (harness/partial.py).
     """
     settings = {}
+    if ranks.rank():
+        path = None  # the first rank alone writes
     if path is not None:
         settings = {"weights": fingerprint(model), "problems": labels.fingerprint(items)}
         settings |= {k: v for k, v in vars(sampling).items() if k != "rollout_rows"}
     with Kept(path, settings) as kept:
         if kept.rows:
             print(f"{desc}: {len(kept.rows)} of {len(items)} problems were done and are kept")
-        if len(kept.rows) < len(items):
-            _sample(model, tokenizer, items, sampling, desc, kept)
-        rows = _graded(items, kept)
+        left = ranks.on_first(lambda: [i for i in range(len(items)) if i not in kept.rows])
+        if mine := ranks.share(left):
+            _sample(model, tokenizer, items, mine, sampling, desc, kept)
+        for rows in ranks.gather({i: kept.rows[i] for i in mine}):
+            kept.rows |= rows
+        rows = ranks.on_first(_graded, items, kept)
         if path is not None:
             save_rows(rows, path)
             kept.drop()
@@ -167,13 +174,13 @@ def _sample(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     items: Items,
+    left: Sequence[int],
     sampling: Sampling,
     desc: str,
     kept: Kept,
 ) -> None:
-    """Sample the problems that are not kept yet. A problem is kept when its last copy has ended."""
+    """Sample the problems in left (numbers of items). Keep each when its last copy has ended."""
     copies = sampling.copies
-    left = [i for i in range(len(items)) if i not in kept.rows]
     ended: list[dict[int, tuple[str, str]]] = [{} for _ in left]  # per problem: copy -> result
 
     def on_end(row: int, response: list[int], finished: bool) -> None:
@@ -184,8 +191,7 @@ def _sample(
             texts, reasons = zip(*(one[copy] for copy in range(copies)), strict=True)
             kept.add(left[row // copies], list(texts), list(reasons))
 
-    done = (len(items) - len(left)) * copies
-    with Progress(len(items) * copies, desc, initial=done, leave=False) as progress:
+    with Progress(len(left) * copies, desc, leave=False) as progress:
         generate(
             model,
             [items[i][1] for i in left],
