@@ -419,8 +419,8 @@ def setup(cfg: Config) -> Run:
     reward = rewards.parse(cfg.reward)
     if cfg.prompts_per_step < ranks.size():
         raise UserError(
-            f"prompts_per_step={cfg.prompts_per_step}: fewer than the {ranks.size()} processes that "
-            "share them: raise it, or lower --nproc_per_node"
+            f"prompts_per_step={cfg.prompts_per_step}: {ranks.size()} processes cannot share them: "
+            "raise it, or lower --nproc_per_node"
         )
     name = ranks.on_first(tiny.resolve, cfg.model)
     device, dtype = choose_device(ranks.device(cfg.device), cfg.dtype, name, full=cfg.lora_r == 0)
@@ -544,15 +544,14 @@ def train(cfg: Config) -> list[dict]:
             due = cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps)
             return bool(due) and not (history and "eval_accuracy" in history[-1])
 
-        if ranks.on_first(
-            eval_is_due, done
-        ):  # before training, or if the last process ended before it
+        # Before training, or if the last process ended before this eval.
+        if ranks.on_first(eval_is_due, done):
             with stop.at_once():
                 run_eval(run, done)
         steps = range(done + 1, cfg.steps + 1)
         bar = tqdm(steps, desc=cfg.reward, initial=done, total=cfg.steps)
         for step in bar:
-            # torchrun kills ranks that have not stopped 30 s after a signal, and a step can be longer
+            # torchrun kills processes 30 s after a signal, and a step can be longer
             with stop.at_once() if ranks.size() > 1 else nullcontext():
                 metrics, samples = one_step(run, step)
             folder.log(metrics, samples)
