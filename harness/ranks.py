@@ -28,7 +28,8 @@ from harness.errors import UserError
 from lora import trainable
 
 T = TypeVar("T")
-LISTEN = 3.0  # seconds for which the other ranks wait for the first one's last words
+LAST_WORDS = "last words"  # what the first rank reported, if it has failed
+PATIENCE = 3.0  # seconds for which another rank waits for them before it reports its own error
 
 
 class Lost(UserError):
@@ -154,20 +155,22 @@ def together() -> Iterator[None]:
 
 
 def _speaks(store: dist.Store, error: BaseException) -> bool:
-    """Whether this rank reports its error. The first rank does. Another one does if it is the first
-    to fail in this way, unless the first rank has reported the same, or that it was stopped."""
-    if rank() == 0:
-        store.set("last words", f" {error}")
-        return True
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # this rank is ending already
-    with suppress(dist.DistError, RuntimeError):
-        store.wait(["last words"], timedelta(seconds=LISTEN))
-        if isinstance(error, Lost | KeyboardInterrupt):
+    """Whether this rank reports its error. The first rank always does. Another rank leaves it to
+    the first one, or to another that failed in the same way, unless its error is its own."""
+    with suppress(RuntimeError):  # the store may have ended together with torchrun
+        if rank() == 0:
+            store.set(LAST_WORDS, str(error))
+            return True
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # this rank is ending already
+        deadline = time.monotonic() + PATIENCE
+        while not (said := store.check([LAST_WORDS])) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        follows = isinstance(error, Lost | KeyboardInterrupt)
+        if said and (follows or str(error) in store.get(LAST_WORDS).decode()):
             return False
-        if str(error) in store.get("last words").decode():
-            return False
-    return store.add(f"said: {error}", 1) == 1
+        return store.add(f"said: {error}", 1) == 1
+    return True
 
 
 def device(name: str) -> str:
