@@ -287,7 +287,7 @@ def reads_scores(reward: Reward) -> bool:
     return any(need.partition(":")[0] in (*SCORES, "cross_logp") for need in reward.needs)
 
 
-def rounding(reward: Reward, rollouts, error: float) -> Tensor:
+def rounding(reward: Reward, rollouts, error: float, rewarded: Tensor | None = None) -> Tensor:
     """How far apart the rewards of a group can lie because of rounding alone: float32 [P].
 
     error is the rounding error of a token's score, in nats (model.rounding_error). The reward is
@@ -295,7 +295,8 @@ def rounding(reward: Reward, rollouts, error: float) -> Tensor:
     random. The bound is three times the root mean square of the changes in the group. The error of
     a mean over n tokens is therefore about error / sqrt(n), the error of a sum about
     error x sqrt(n), and an expression combines these errors as it combines its terms. The result is
-    0 for a reward that reads no scores.
+    0 for a reward that reads no scores. rewarded is bool [B], or None for all rows. The trained
+    reward of the other rows is exactly 0 (truncated=zero), so rounding does not change it.
     """
     groups = len(rollouts.text) // rollouts.group_size
     if not reads_scores(reward):
@@ -316,7 +317,8 @@ def rounding(reward: Reward, rollouts, error: float) -> Tensor:
         mean_error = error / rollouts.length.clamp(min=1).sqrt()  # [B], error of a mean over tokens
         means = {name: moved(rollouts.cross_logp[name], mean_error) for name in second}
         other.cross_logp = rollouts.cross_logp | means
-        changes.append(reward(other) - value)
+        change = reward(other) - value  # [B]
+        changes.append(change if rewarded is None else change * rewarded)
     squares = torch.stack(changes).square().view(4, groups, -1)  # [4, P, G]
     return 3 * squares.mean((0, 2)).sqrt()
 

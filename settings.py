@@ -1,4 +1,4 @@
-"""The settings of a training run, and the checks for settings that cannot work together."""
+"""The settings of a training run, checks for mistakes in them, and what is derived from them."""
 
 import math
 from dataclasses import dataclass, replace
@@ -83,7 +83,8 @@ class Config:
 def check(cfg: Config) -> list[str]:
     """Check the settings. Return a warning for each setting that has no effect.
 
-    Raises UserError for settings that cannot work.
+    Only settings that differ from their default are reported. Raises UserError for settings that
+    cannot work.
     """
     whole = (
         "steps prompts_per_step group_size updates_per_step max_prompt_tokens max_new_tokens "
@@ -99,82 +100,85 @@ def check(cfg: Config) -> list[str]:
     for key in no_less:
         if getattr(cfg, key) < 0:
             raise UserError(f"{key}={getattr(cfg, key)}: must not be negative")
-    if cfg.temperature <= 0 or cfg.max_grad_norm <= 0 or cfg.warmup > 1:
-        raise UserError("temperature and max_grad_norm must be above 0, warmup a share up to 1")
+    for key in ("temperature", "max_grad_norm"):
+        if getattr(cfg, key) <= 0:
+            raise UserError(f"{key}={getattr(cfg, key)}: must be above 0")
+    if cfg.warmup > 1:
+        raise UserError(f"warmup={cfg.warmup}: is a share of all updates, must be at most 1")
     if cfg.cispo_cap <= 1:
-        raise UserError(f"cispo_cap={cfg.cispo_cap}: an absolute ratio, must be above 1")
+        raise UserError(f"cispo_cap={cfg.cispo_cap}: is an absolute ratio, must be above 1")
     if cfg.adv_norm == "leave_one_out" and cfg.group_size == 1:
-        raise UserError("adv_norm=leave_one_out with group_size=1: there are no others: raise it")
+        raise UserError("adv_norm=leave_one_out: needs a group_size of 2 or more")
     B = cfg.prompts_per_step * cfg.group_size
     if B < cfg.updates_per_step:
         raise UserError(f"updates_per_step={cfg.updates_per_step}: a step has only {B} responses")
     if cfg.lora_r == 0 and cfg.quant != "none":
-        raise UserError("lora_r=0 trains all weights, which 4-bit ones cannot: add --quant=none")
+        raise UserError("lora_r=0 trains all weights, but 4-bit weights are fixed: --quant=none")
 
     warnings = []
     if cfg.group_size == 1 and cfg.adv_norm != "raw":
         warnings.append("group_size=1: every advantage is 0, so the reward teaches nothing")
-    if cfg.keep_duplicates and cfg.one_shot:
-        warnings.append("keep_duplicates has no effect with one_shot, which trains on one problem")
-    warnings += _idle_losses(cfg)
-    if cfg.kl_coef == 0 and cfg.kl_type != Config.kl_type:
-        warnings.append(f"kl_type={cfg.kl_type} has no effect with kl_coef=0")
-    if cfg.optimizer == "sgd" and tuple(cfg.adam_betas) != Config.adam_betas:
-        warnings.append(f"adam_betas={cfg.adam_betas} has no effect with optimizer=sgd")
-    if cfg.eval_k > 1 and cfg.eval_temperature == 0:
-        warnings.append(
-            f"eval_k={cfg.eval_k} has no effect: greedy samples (eval_temperature=0) agree"
-        )
-    reward = rewards.parse(cfg.reward)
     rewards.watched(cfg.watch)  # refuses what it cannot read
-    if set(reward.names) == {"constant"} and cfg.adv_norm != "raw":
-        warnings.append(f"reward={cfg.reward}: the same for all, no weight moves (a null test)")
-    if cfg.lora_r == 0 and cfg.rollout_weights != "auto":
-        warnings.append(
-            f"rollout_weights={cfg.rollout_weights} has no effect: lora_r=0 leaves nothing to merge"
-        )
-    if cfg.base_every != 1 and needs_base(cfg):
-        warnings.append(
-            f"base_every={cfg.base_every} has no effect: loss or reward need every step's"
-        )
-    elif cfg.base_every != 1 and cfg.lora_r == 0:
-        warnings.append(f"base_every={cfg.base_every} has no effect: lora_r=0 keeps no base model")
+    same = set(rewards.parse(cfg.reward).names) == {"constant"} and cfg.truncated != "zero"
+    if same and cfg.adv_norm != "raw":
+        null = " and no weight moves (a null test)" if cfg.kl_coef == 0 else ""
+        warnings.append(f"reward={cfg.reward} is equal for all: it teaches nothing{null}")
     if cfg.lr == 0:
         warnings.append("lr=0: nothing is learned (a null test)")
+    warnings += [
+        f"{key}={getattr(cfg, key)} has no effect {why}"
+        for key, why in _idle(cfg).items()
+        if getattr(cfg, key) != getattr(Config, key)
+    ]
+    if cfg.updates_per_step == 1 and cfg.loss != "grpo":
+        same = "every ratio is 1, and the gradient is grpo's at the same loss_agg"
+        warnings.append(f"loss={cfg.loss} has no effect with updates_per_step=1: {same}")
+    elif cfg.updates_per_step == 1 and cfg.clip != "off":
+        warnings.append(f"clip={cfg.clip} has no effect with updates_per_step=1: every ratio is 1")
     return warnings
 
 
-def _idle_losses(cfg: Config) -> list[str]:
-    """Return a warning for each setting of the loss that has no effect."""
-    idle = {}  # setting -> why it has no effect; only settings off their default are reported
+def _idle(cfg: Config) -> dict[str, str]:
+    """The settings that have no effect with these, each with the reason."""
+    idle = {}
+    if cfg.one_shot:
+        idle["keep_duplicates"] = "with one_shot, which trains on one problem"
+    if cfg.lora_r == 0:
+        idle["lora_alpha"] = "with lora_r=0: there is no adapter"
+        idle["rollout_weights"] = "with lora_r=0: there is no adapter to merge"
+        idle["base_every"] = "with lora_r=0: no base model is kept for the log"
+    if needs_base(cfg):
+        idle["base_every"] = "because the loss or the reward needs the base model in every step"
+    if cfg.kl_coef == 0:
+        idle["kl_type"] = "with kl_coef=0"
+    if cfg.optimizer == "sgd":
+        idle["adam_betas"] = "with optimizer=sgd"
+    if cfg.eval_temperature == 0:
+        idle["eval_k"] = "with eval_temperature=0: greedy samples are all equal"
+    if cfg.eval_every == 0:
+        idle["eval_new_tokens"] = "with eval_every=0"
+        evals = ("eval_n", "eval_k", "eval_temperature")
+        idle |= dict.fromkeys(evals, "on training with eval_every=0; only eval.py --run reads it")
     if cfg.loss != "cispo":
-        idle |= {"cispo_cap": f"with loss={cfg.loss}"}
+        idle["cispo_cap"] = f"with loss={cfg.loss}"
     if cfg.loss != "hoelder":
         idle |= dict.fromkeys(("hoelder_p", "hoelder_p_end"), f"with loss={cfg.loss}")
+    if cfg.clip_low >= 1:
+        idle["clip_low"] = "because no ratio is below 0"
     if cfg.loss == "cispo":
         clips = ("clip", "clip_low", "clip_high")
         idle |= dict.fromkeys(clips, "with loss=cispo, which has cispo_cap instead")
     elif cfg.clip != "both":
         sides = {"high": ["clip_low"], "low": ["clip_high"], "off": ["clip_low", "clip_high"]}
         idle |= dict.fromkeys(sides[cfg.clip], f"with clip={cfg.clip}")
-    if cfg.clip_low >= 1:
-        idle.setdefault("clip_low", "as no ratio is below 0")
-    warnings = [
-        f"{key}={getattr(cfg, key)} has no effect {why}"
-        for key, why in idle.items()
-        if getattr(cfg, key) != getattr(Config, key)
-    ]
-    if cfg.updates_per_step == 1 and cfg.loss != "grpo":
-        same = "every ratio is 1, and the gradient is grpo's at the same loss_agg"
-        warnings.append(f"loss={cfg.loss} has no effect: with updates_per_step=1 {same}")
-    elif cfg.updates_per_step == 1 and cfg.clip != "off":
-        warnings.append(f"clip={cfg.clip} has no effect: with updates_per_step=1 every ratio is 1")
-    return warnings
+    return idle
 
 
 def can_clip(cfg: Config) -> bool:
     """Whether any token can be clipped (or capped, for CISPO) with these settings."""
-    return cfg.updates_per_step > 1 and (cfg.loss == "cispo" or cfg.clip != "off")
+    low = cfg.clip in ("both", "low") and cfg.clip_low < 1  # no ratio is below 0
+    high = cfg.clip in ("both", "high")
+    return cfg.updates_per_step > 1 and (cfg.loss == "cispo" or low or high)
 
 
 def needs_base(cfg: Config) -> bool:
@@ -206,8 +210,8 @@ def _nothing_to_learn(cfg: Config, steps: list[dict]) -> str:
         )
     if flat:
         return (
-            f"reward={cfg.reward} gave each group one value for five steps: "
-            "while that lasts nothing is learned"
+            f"reward={cfg.reward} gave all responses of each group the same value for five steps: "
+            "as long as this is so, nothing is learned"
         )
     return ""
 
@@ -232,9 +236,11 @@ def keep_settled(cfg: Config) -> Config:
     Merged and adapter weights differ by rounding. A different choice (for example because other
     work now uses the GPU's memory) would change the samples.
     """
-    there = (Path(cfg.out_dir) / "config.json").is_file()  # if not, RunFolder reports it
+    there = (Path(cfg.out_dir) / "config.json").is_file()  # otherwise RunFolder reports it
     if cfg.resume and there and cfg.rollout_weights == "auto" and cfg.lora_r:
-        saved = read_config(cfg.out_dir).get("rollout_weights", "adapter")  # older runs: only this
+        saved = read_config(cfg.out_dir).get(
+            "rollout_weights", "adapter"
+        )  # older runs had no other
         return replace(cfg, rollout_weights=saved)
     return replace(cfg)
 

@@ -148,10 +148,9 @@ class Judged:
 def judge(run: Run, rollouts: Rollouts) -> Judged:
     """Compute the reward of each response, and its advantage over the others of its group."""
     cfg = run.cfg
-    reward = run.reward(rollouts)  # [B]
-    if cfg.truncated == "zero":
-        reward = reward * rollouts.finished
-    rounding = rewards.rounding(run.reward, rollouts, rounding_error(run.model))  # [P]
+    rewarded = rollouts.finished | (cfg.truncated != "zero")  # bool [B]
+    reward = run.reward(rollouts) * rewarded  # [B]
+    rounding = rewards.rounding(run.reward, rollouts, rounding_error(run.model), rewarded)  # [P]
     advantage = grpo.advantages(reward, cfg.group_size, cfg.adv_norm, rounding)  # [B]
     if cfg.whiten:
         advantage = grpo.whiten(advantage, tokens_in_loss(rollouts, cfg).sum(1))
@@ -461,6 +460,8 @@ def setup(cfg: Config) -> Run:
         for need, _, key in (need.partition(":") for need in reward.needs)
         if need == "cross_logp"
     }
+    for second in second_models.values():
+        second.check_budget(cfg.max_prompt_tokens, cfg.max_new_tokens)
     models = [model, *([frozen] if frozen else []), *(m.model for m in second_models.values())]
     # The ranks may have different free memory. The least choice needs the least of it, also of
     # adapter, freed and kept.
@@ -557,10 +558,10 @@ def train(cfg: Config) -> list[dict]:
             folder.log(metrics, samples)
             if warning := early_warning(cfg, history[done - step :]):  # steps of this process
                 tqdm.write(f"warning: {warning}")
+            last_step.done(step)
             last = step == cfg.steps or stop.asked or eval_is_due(step)
             if last or (cfg.save_every and step % cfg.save_every == 0):
                 last_step.save(step)
-            last_step.done(step)
             if eval_is_due(step):
                 with stop.at_once():
                     run_eval(run, step)

@@ -16,14 +16,17 @@ from lora import add_lora, lora_layers
 def save_tensors(
     tensors: dict[str, torch.Tensor], path: Path, metadata: dict | None = None
 ) -> None:
-    """Write a safetensors file whole or not at all."""
+    """Write a safetensors file. A crash leaves the old or the new file.
+
+    Raises UserError if the disk is full.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     tensors = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
     try:
         save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
         os.replace(temporary, path)
-    except SafetensorError as error:  # its name for a full disk, among others
+    except SafetensorError as error:  # for example on a full disk
         temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written: {error}") from error
 
@@ -54,12 +57,12 @@ def save_adapter(model: nn.Module, folder: Path | str, base: str) -> None:
     os.replace(temporary, folder / "adapter_config.json")
 
 
-# What an adapter_config.json of a plain LoRA may say. None: anything, since it does not change the
-# adapter's result. Any other option must be absent or empty.
+# The options that an adapter_config.json of a plain LoRA may have, with their allowed values. None
+# allows any value, because the option does not change the result. Other options must be empty.
 PLAIN_LORA: dict[str, tuple | None] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
-    # These initialise the adapter and leave the base weights alone; PiSSA and others change them.
+    # These leave the base weights alone. Others, such as PiSSA, change them.
     "init_lora_weights": (True, False, "gaussian", "orthogonal"),
     "megatron_core": None,
     "qalora_group_size": None,
@@ -80,7 +83,7 @@ PLAIN_LORA: dict[str, tuple | None] = {
 
 
 def _unknown_options(config: dict) -> str:
-    """The options that a plain LoRA does not have, as text; "" where there are none."""
+    """The options that a plain LoRA does not have, as text; "" if there are none."""
     odd = []
     for key, value in config.items():
         known = PLAIN_LORA.get(key, ())
@@ -127,7 +130,7 @@ def load_adapter(model: nn.Module, folder: Path | str) -> None:
         for part, key in zip(("lora_A", "lora_B"), keys, strict=True):
             value = tensors.pop(key, None)
             parameter = getattr(layer, part)
-            if value is None:  # a layer that this adapter leaves alone
+            if value is None:  # this adapter does not adapt the layer
                 parameter.data.zero_()
             elif value.shape != parameter.shape:
                 raise UserError(

@@ -1,14 +1,17 @@
-"""The run folder: who holds it, its config and logs, and the state to resume from.
+"""The run folder: its lock, its config and logs, and the state to resume from.
 
-    config.json     the configuration, library versions and git commit
-    metrics.jsonl   one object a step          samples.jsonl   some responses of each step
-    adapter/        PEFT's format (or model/, all weights)     eval/   completions of each eval
-    state.safetensors   trainable weights and AdamW moments after the last checkpoint's step
-    interrupted-1/  logs of a run that ended here before its first checkpoint
+    config.json         the configuration, library versions and git commit
+    metrics.jsonl       one object per step
+    samples.jsonl       some responses of each step
+    adapter/            the adapter in PEFT's format; model/ if all weights are trained
+    eval/               the completions of each eval
+    state.safetensors   trainable weights and optimiser moments after the checkpoint's step
+    interrupted-1/      logs of a run that ended here before its first checkpoint
 
-What is random in a step is a function of (seed, step), so there are no generators to save. Each
-file is written whole or not at all, and none of them is a pickle. The order is: log, state, weights
-for others, eval. Resuming makes up for whatever a crash left out of it.
+Everything random in a step is a function of (seed, step), so no generator is saved. No file is a
+pickle. State, weights and config are replaced as a whole, so a crash leaves the old or the new
+file. A step writes its log first, then the state, then adapter/ or model/, and the eval last. If a
+crash interrupts this, resuming repairs it.
 """
 
 import fcntl
@@ -41,28 +44,36 @@ from harness.runfiles import (
 )
 from lora import lora_layers, trainable
 
-# What a run without a checkpoint leaves behind. The completions of an unfinished eval
-# (eval/*.progress) stay in place: the same eval goes on with them.
+# The logs of a run without a checkpoint. The completions of an unfinished eval (eval/*.progress)
+# are not among them: they stay in place, and the same eval continues from them.
 LOGS = ("config.json", "metrics.jsonl", "samples.jsonl", "eval/*.jsonl")
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "numpy", "math-verify", "tokenizers")
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of a parameter
-# What resuming cannot change: the saved tensors, or the meaning of what was logged, depend on it.
-FIXED = (
-    "model",
-    "quant",
-    "lora_r",
-    "lora_alpha",
-    "train_data",
-    "keep_duplicates",
-    "one_shot",
-    "prompt",
-    "optimizer",
-    "seed",
+# The settings that may change when a run is resumed. They decide how long and where it runs, and
+# what it costs. Any other setting decides what the run learns or how its curve is measured. With
+# another value the rest would be another experiment, and config.json would describe only the rest.
+FREE = (
+    "steps",
+    "eval_every",
+    "save_every",
+    "base_every",
+    "gradient_checkpointing",
+    "micro_batch_tokens",
+    "rollout_rows",
+    "rollout_weights",
+    "device",
+    "threads",
+    "dtype",
+    "watch",
 )
 
 
 class RunFolder:
-    """A folder held by one process. Raises UserError where a run is already there or running."""
+    """The folder of a run, locked by one process.
+
+    Raises UserError if the folder cannot be written or another process holds it, if it holds a run
+    and resume is False, or if it holds no run that `config` can resume.
+    """
 
     def __init__(self, folder: Path, config: dict, resume: bool):
         self.folder = folder
@@ -80,29 +91,37 @@ class RunFolder:
         saved = read_state(folder)
         if resume and saved is None:
             raise UserError(
-                f"out_dir={folder}: nothing to resume: no checkpoint in it: start without --resume"
+                f"out_dir={folder}: holds no checkpoint to resume from: start without --resume"
             )
         trained = [name for name in ("adapter", "model") if (folder / name).exists()]
         if not resume and (saved or trained):
-            how = "go on with it by --resume=True, " if saved else ""
+            how = "continue it with --resume=True, " if saved else ""
             raise UserError(
                 f"out_dir={folder}: holds a run: {how}name another --out_dir, or delete it"
             )
         if resume:
-            self._compare(config)
+            self._compare(config, int(saved["steps_done"]))
             self.history = read_history(folder, saved)
 
-    def _compare(self, config: dict) -> None:
+    def _compare(self, config: dict, done: int) -> None:
+        """Print the settings that have changed. Raises UserError if one of them must not change."""
         saved = read_config(self.folder)
         for key, value in config.items():
-            # JSON has no tuples, and resume and out_dir say nothing of the run itself
-            before, now = json.dumps(saved.get(key)), json.dumps(value)
-            # a run from before there was such a knob had what is now its default
+            before, now = json.dumps(saved.get(key)), json.dumps(value)  # JSON has no tuples
+            # Older runs lack the settings that are new. They ran with what is now the default.
             if before == now or key in ("resume", "out_dir") or key not in saved:
                 continue
-            if key in FIXED:
-                raise UserError(f"resume: {key} was {before} and is now {now}: start a new run")
+            if key not in FREE:
+                raise UserError(
+                    f"resume: {key} was {before} and is now {now}: keep it, or start a new run in "
+                    "another --out_dir"
+                )
             print(f"resume: {key} was {before}, from here on {now}")
+        if config["steps"] < done:
+            raise UserError(
+                f"resume: steps={config['steps']}, but the run has already made {done} steps: "
+                "raise --steps, or start a new run in another --out_dir"
+            )
 
     # ------------------------------------------------------------------------------------- state
 
@@ -113,7 +132,7 @@ class RunFolder:
         optimizer: torch.optim.Optimizer,
         step: int,
     ) -> None:
-        """Checkpoint after a step: the state to resume from, and the adapter for others to use."""
+        """Save a checkpoint after a step: the state to resume from, and the adapter or model."""
         tensors = {}
         for name, parameter in trainable(model).items():
             tensors[f"weight:{name}"] = parameter
@@ -127,8 +146,11 @@ class RunFolder:
     def _save_weights(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, step: int
     ) -> None:
-        """The adapter, or the model. The record goes first and comes back last: while there is
-        none, or one of another step than the state's, the weights are not to be trusted."""
+        """Save the adapter or the model.
+
+        The record is deleted first and written last. If it is missing, or names another step than
+        the state, the weights must not be used: they may be a mixture of two steps.
+        """
         folder = self.folder / ("adapter" if lora_layers(model) else "model")
         (folder / RECORD).unlink(missing_ok=True)
         if lora_layers(model):
@@ -151,15 +173,16 @@ class RunFolder:
     def repair_weights(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, step: int
     ) -> None:
-        """Write adapter/ or model/ again if a crash kept it from being of the state's step."""
+        """Write adapter/ or model/ again if a crash left it at another step than the state's."""
         folder = self.folder / ("adapter" if lora_layers(model) else "model")
         found = read_record(folder).get("steps_done")
         if found != step:
-            print(f"{folder}: of step {found}, written again as of step {step}")
+            was = "incomplete" if found is None else f"from step {found}"
+            print(f"{folder} was {was}: written again as of step {step}")
             self._save_weights(model, tokenizer, step)
 
     def load_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-        """Restore weights and moments in place; returns the number of steps done."""
+        """Restore weights and moments in place. Return the number of steps done."""
         path = self.folder / STATE
         try:
             with safe_open(path, "pt") as file, torch.no_grad():
@@ -186,7 +209,7 @@ class RunFolder:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
 
     def log_eval(self, step: int, figures: dict) -> None:
-        """Add an eval's figures to the row of its step; before training there is none yet."""
+        """Add an eval's figures to the row of its step. The first eval adds a row of step 0."""
         if not self.history or self.history[-1]["step"] != step:
             self.history.append({"step": step})
         self.history[-1] |= figures
@@ -211,7 +234,7 @@ class RunFolder:
             to = aside / path.relative_to(self.folder)
             to.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, to)
-        print(f"a run ended here before its first checkpoint: its logs are in {aside}")
+        print(f"a run ended here before its first checkpoint: its logs are now in {aside}")
 
     def __enter__(self) -> "RunFolder":
         if self._resume:
@@ -226,6 +249,7 @@ class RunFolder:
 
 
 def _provenance() -> dict:
+    """Library versions, git commit and command line, for config.json."""
     versions = {"python": sys.version.split()[0]}
     for library in LIBRARIES:
         try:

@@ -1,4 +1,4 @@
-"""Configuration: a dataclass of defaults, config files (parsed, never run) and `--key=value`.
+"""Read a configuration from a dataclass of defaults, config files and `--key=value`.
 
     @dataclass
     class Config:
@@ -8,11 +8,11 @@
 
     cfg, sources = configure(Config, argv)
 
-The precedence is fixed, whatever the order typed:
-dataclass defaults < scale file (config/model/*.py) < experiment files, as typed < --key=value.
+Later ones of these override earlier ones, wherever they stand on the command line: the dataclass
+defaults, the scale file (config/model/*.py), the experiment files as typed, and `--key=value`.
 
-A config file holds `key = value` lines. `base = "other.py"` names a file in the same folder that is
-read first; the file's own lines then win.
+A config file holds `key = value` lines. It is parsed and never run. `base = "other.py"` names a
+file in the same folder that is read first. Its values are defaults for this file.
 """
 
 import ast
@@ -40,9 +40,9 @@ class Sources:
     """Where a configuration came from."""
 
     experiments: list[str] = field(default_factory=list)  # stems, in the order typed
-    scale: str = ""  # stem of the scale file, "" where there is none
-    reason: str = ""  # why default_scale chose this scale, "" where the user named one
-    given: dict[str, Any] = field(default_factory=dict)  # experiment files + command line
+    scale: str = ""  # stem of the scale file; "" = no file
+    reason: str = ""  # why default_scale chose this scale; "" = the user named it
+    given: dict[str, Any] = field(default_factory=dict)  # values of experiments and command line
     origin: dict[str, str] = field(default_factory=dict)  # key -> default, a file, command line
 
 
@@ -51,13 +51,13 @@ def configure(
     argv: list[str],
     default_scale: Callable[[dict[str, Any]], tuple[str | dict[str, Any], str]] | None = None,
 ) -> tuple[T, Sources]:
-    """Build the dataclass `cls` (every field has a default) from config files and `--key=value`.
+    """Make an instance of `cls`, a dataclass with a default for every field, from argv.
 
-    A file in a folder named `model` is the scale (one at most), any other is an experiment. With
-    no scale named, `default_scale(values)` gets the explicit values and returns (the path of a
-    scale file or a dict of values, the reason as a printable line).
-    Annotations may be int, float, bool, str, Literal, tuple of these, or one of these `| None`.
-    Raises UserError for anything wrong in argv or in a file; `--help` prints every key and exits.
+    A config file in a folder named `model` is the scale, and there is at most one. Any other file
+    is an experiment. If no scale is named, `default_scale` gets the values of the experiments and
+    the command line. It returns a scale file or a dict of values, and the reason.
+    Fields may have the type int, float, bool, str, Literal, a tuple of these, or one `| None`.
+    Raises UserError for a mistake in argv or in a file. `--help` prints every key and exits.
     """
     if "--help" in argv or "-h" in argv:
         print(_help(cls, scales=default_scale is not None), flush=True)
@@ -89,10 +89,7 @@ def configure(
 
 
 def format_config(cfg: Any, sources: Sources) -> str:
-    """The configuration as `key = value` lines, with the origin of what is not a default.
-
-    The text is itself a valid config file.
-    """
+    """The configuration as the text of a config file, with the origin of each changed value."""
     rows = {f.name: repr(getattr(cfg, f.name)) for f in dataclasses.fields(cfg) if f.init}
     wide, value_wide = max(map(len, rows)), min(max(map(len, rows.values())), 40)
     origin = {key: f"  # {name}" for key, name in sources.origin.items() if name != "default"}
@@ -104,7 +101,7 @@ def format_config(cfg: Any, sources: Sources) -> str:
 
 
 def _split(argv: list[str], kinds: dict[str, Any]) -> tuple[str, list[str], dict[str, Any]]:
-    """argv -> (scale file or "", experiment files, command-line values)."""
+    """Split argv into the scale file (or ""), the experiment files and the command-line values."""
     scale, experiments, values = "", [], {}
     for i, arg in enumerate(argv):
         if not arg.startswith("-"):
@@ -129,7 +126,7 @@ def _split(argv: list[str], kinds: dict[str, Any]) -> tuple[str, list[str], dict
 
 
 def _find(name: str) -> Path:
-    """A config file, in the working folder or else in the project's."""
+    """The path of a config file, relative to the working folder or else to the project."""
     for path in (Path(name), PROJECT / name):
         if path.is_file():
             return path
@@ -140,16 +137,16 @@ def _find(name: str) -> Path:
 
 
 def _read_file(name: str, kinds: dict[str, Any], readers: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The assignments of a config file and of its base, checked. Nothing in a file is run.
+    """The checked values of a config file and of its base.
 
-    readers: the files that named this one as their base, to refuse a circle.
+    readers are the files whose base is this one. They are needed to refuse a circle.
     """
     path = _find(name)
     if path.resolve() in readers:
         raise UserError(f"{name}: the base files form a circle: {readers[-1].name} names it again")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # "\m" is a warning to Python and a slip in a config
+            warnings.simplefilter("error")  # Python only warns of "\m"; here it is a mistake
             tree = ast.parse(path.read_text(encoding="utf-8-sig"))
     except SyntaxError as error:
         raise UserError(f"{name}:{error.lineno or 1}: not Python: {error.msg}") from None
@@ -175,7 +172,7 @@ def _read_file(name: str, kinds: dict[str, Any], readers: tuple[Path, ...] = ())
 
 
 def _literal(node: ast.expr | str) -> Any:
-    """The value of a literal; ValueError for anything else."""
+    """The value of a literal. Raises ValueError for anything else."""
     try:
         return ast.literal_eval(node)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -183,7 +180,7 @@ def _literal(node: ast.expr | str) -> Any:
 
 
 def _nearest(name: str, options: Iterable[str]) -> list[str]:
-    """Up to three of the options that look like `name`, the closest first."""
+    """Up to three options that look like `name`, the closest first."""
     wanted = name.lower().replace("-", "_")
     lower = {option.lower(): option for option in options}
     near = difflib.get_close_matches(wanted, lower, n=3, cutoff=0.6)
@@ -211,7 +208,7 @@ def _kind_name(kind: Any) -> str:
 
 
 def _check(key: str, value: Any, kinds: dict[str, Any], where: str, read: Callable) -> Any:
-    """read(value, the key's type), with UserError for an unknown key or a value that fails."""
+    """Call read(value, the key's type). Raises UserError for an unknown key or a wrong value."""
     if key not in kinds:
         near = " or ".join(_nearest(key, kinds))
         hint = f"did you mean {near}?" if near else "--help lists every key"
@@ -223,7 +220,7 @@ def _check(key: str, value: Any, kinds: dict[str, Any], where: str, read: Callab
 
 
 def as_type(value: Any, kind: Any) -> Any:
-    """`value` as the annotated type; ValueError where it is not one of its values."""
+    """Convert `value` to the annotated type. Raises ValueError if it is not of that type."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     names = {int: "a whole number", float: "a number", bool: "True or False", str: "text in quotes"}
     wants = f"wants {names.get(kind) or _kind_name(kind)}, got {value!r}"
@@ -244,7 +241,7 @@ def as_type(value: Any, kind: Any) -> Any:
     elif kind in (int, float) and type(value) in (int, float):
         if abs(value) > sys.float_info.max or math.isnan(value):
             wants = f"wants a finite number, got {value!r}"
-        elif kind is float or value == int(value):  # 1e5 is a whole number where one is wanted
+        elif kind is float or value == int(value):  # 1e5 is also a whole number
             return kind(value)
     elif type(value) is kind:
         return value
@@ -252,7 +249,7 @@ def as_type(value: Any, kind: Any) -> Any:
 
 
 def _from_text(text: str, kind: Any) -> Any:
-    """A command-line value as the annotated type: read as a literal if that fits, else as text."""
+    """Convert a command-line value to the annotated type, first as a literal, then as text."""
     if typing.get_origin(kind) is tuple:
         items = [item for item in text.strip("()[] ").split(",") if item.strip()]
         return as_type(tuple(_guess(item)[0] for item in items), kind)
@@ -260,14 +257,14 @@ def _from_text(text: str, kind: Any) -> Any:
     try:
         return as_type(value, kind)
     except ValueError as error:
-        try:  # "none" and "1e5" may also be meant as words
+        try:  # for text and Literals, "none" and "1e5" are words
             return as_type(text, kind)
         except ValueError:
             raise error from None
 
 
 def _guess(text: str) -> tuple[Any, str]:
-    """(a number, True, False, None or else the text, the text without its outer quotes)."""
+    """Return the number, bool or None that a text stands for (else the text), and the bare text."""
     text = text.strip()
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         return text[1:-1], text[1:-1]
@@ -283,8 +280,11 @@ def _guess(text: str) -> tuple[Any, str]:
 
 
 def _help(cls: type, scales: bool) -> str:
-    """Every key with its default, type and comment, in the order and under the headings of the
-    source: a comment on a line of its own is a heading, one behind a field describes it."""
+    """The text of --help: every key with its default, type and comment.
+
+    Headings and comments come from the source of the dataclass. A comment on its own line is a
+    heading. A comment after a field describes the field.
+    """
     defaults, kinds = cls(), _kinds(cls)
     left = {key: f"--{key}={_show(getattr(defaults, key))}" for key in kinds}
     width = min(max(map(len, left.values())), 44)

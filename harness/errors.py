@@ -1,4 +1,4 @@
-"""Mistakes a user can make and mend, and how a command ends."""
+"""Errors that a user can cause and correct, and how a command ends."""
 
 import errno
 import os
@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 
 class UserError(ValueError):
-    """Something the user can cause and mend. The message is one line: where, what, what to do."""
+    """An error that the user can correct. The message is one line: where, what, and what to do."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended the work in good order; the exit status is 128 + its number."""
+    """A signal ended the work in an orderly way. The exit status is 128 + its number."""
 
     def __init__(self, number: int):
         super().__init__()
@@ -20,14 +20,14 @@ class Stopped(KeyboardInterrupt):
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Call main(sys.argv[1:]); end with one line, no traceback, where the code is not at fault.
+    """Call main(sys.argv[1:]). An error that is not a fault of the code ends with one line.
 
-    Exit status: 2 for a UserError or a full disk, 130 for Ctrl-C, 143 for TERM and 129 for HUP
-    where they are caught, 141 for a closed pipe.
+    The exit status is 2 for a UserError or a full disk, 130 for Ctrl-C, 141 for a closed pipe, and
+    143 for TERM and 129 for HUP if they are caught.
     """
     try:
         main(sys.argv[1:])
-        sys.stdout.flush()  # a full disk or a closed pipe may show only now
+        sys.stdout.flush()  # a full disk or a closed pipe may fail only here
         return
     except UserError as error:
         line, status = f"error: {error}", 2
@@ -41,7 +41,7 @@ def run(main: Callable[[list[str]], None]) -> None:
             line, status = f"error: the disk is full{where}: free some space and start again", 2
         else:
             raise
-        # what is still buffered cannot be written: unmuted, Python complains again on the way out
+        # The buffered output cannot be written. Python would complain about it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if line:
         print(line, file=sys.stderr)

@@ -1,8 +1,9 @@
-"""Reward expressions: `format & ~python`, `random(0.3)`, `ground_truth + 0.1*length` as functions.
+"""Parse reward expressions such as `format & ~python`, `random(0.3)`, `ground_truth + 0.1*length`.
 
-An expression is parsed, never evaluated: names, calls, `a & b` (both) and `~a` (not) of rewards
-that are 0 or 1, `+`, `-`, `*` by a number, parentheses. As in Python, `&` binds last. Arguments are
-numbers, text in quotes, or one bare word, as in `self_certainty(base)`.
+An expression holds names of rewards, calls, `+`, `-`, `*` by a number, and parentheses. Rewards
+that are 0 or 1 also have `a & b` (both) and `~a` (not). As in Python, `&` binds less tightly than
+`+`. Arguments are numbers, text in quotes, or a bare word, as in `self_certainty(base)`. An
+expression is never run as Python.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from torch import Tensor
 from harness.configurator import as_type
 from harness.errors import UserError
 
-# What to do about a field that the rollouts at hand do not have.
+# What the user lacks, by the field of the rollouts that is missing.
 MISSING = {
-    "label": "majority labels in the data: make them by `python eval.py --labels=FILE`",
-    "cross_logp": "the scores of a second model, which training alone fills",
+    "label": "majority labels in the data: make them with `python eval.py --labels=FILE`",
+    "cross_logp": "the scores of a second model, which only training computes",
 }
 
 
@@ -36,8 +37,9 @@ MISSING = {
 class Entry:
     """A registered reward.
 
-    needs: names of the Rollouts fields it reads, or a function of its parameters that gives them;
-    `cross_logp:NAME` is one entry of a dict. bounds: (lowest, highest) of a numeric parameter.
+    needs are the names of the Rollouts fields that it reads, or a function of its arguments that
+    returns them. `cross_logp:NAME` is an entry of a dict. bounds maps a numeric parameter to its
+    (lowest, highest) value.
     """
 
     function: Callable[..., Tensor]
@@ -48,17 +50,17 @@ class Entry:
 
     @property
     def signature(self) -> inspect.Signature:
-        """Of the function; the rollouts are its first parameter."""
+        """The signature of the function. Its first parameter is the rollouts."""
         return inspect.signature(self.function, eval_str=True)
 
     @property
     def parameters(self) -> list[inspect.Parameter]:
-        """All parameters but the rollouts."""
+        """All parameters except the rollouts."""
         return list(self.signature.parameters.values())[1:]
 
     @property
     def call(self) -> str:
-        """How it is written, with its parameters: `random(p=0.5)`."""
+        """How to write it in an expression, such as `random(p=0.5)`."""
         shown = [str(p.replace(annotation=p.empty)) for p in self.parameters]
         name = self.function.__name__.rstrip("_")
         return f"{name}({', '.join(shown)})" if shown else name
@@ -66,27 +68,31 @@ class Entry:
 
 @dataclass(frozen=True)
 class Reward:
-    """A parsed expression: call it on rollouts for float32 [B] on the CPU."""
+    """A parsed expression. Calling it on rollouts gives float32 [B] on the CPU."""
 
     expression: str
-    names: tuple[str, ...]  # the rewards in it, in order, each once
-    needs: tuple[str, ...]  # the Rollouts fields that must be filled, over all of them
+    names: tuple[str, ...]  # the rewards in it, in order, without repetition
+    needs: tuple[str, ...]  # the Rollouts fields that any of them needs
     compute: Callable[[Any], Tensor]
 
     def missing(self, rollouts: Any) -> list[str]:
         """The needed fields that these rollouts do not have."""
-        lacking = []
-        for need in self.needs:
+
+        def is_there(need: str) -> bool:
             field, _, key = need.partition(":")
             value = getattr(rollouts, field, None)
-            if value is None or (key and key not in value):
-                lacking.append(need)
-        return lacking
+            return value is not None and (not key or key in value)
+
+        return [need for need in self.needs if not is_there(need)]
 
     def __call__(self, rollouts: Any) -> Tensor:
-        """Raises UserError where a needed field is missing or `&`, `~` meet other than 0 and 1."""
+        """Compute the reward.
+
+        Raises UserError if a needed field is missing, if a reward fails, or if `&` or `~` is
+        applied to a value other than 0 and 1.
+        """
         for need in self.missing(rollouts):
-            default = f"{need}, which only rollouts scored by a model have"
+            default = f"{need}, which only scoring by a model computes"
             what = MISSING.get(need.partition(":")[0], default)
             raise UserError(f"reward {self.expression!r} needs {what}")
         out = self.compute(rollouts)
@@ -99,18 +105,18 @@ class Reward:
 
 
 def parse(expression: str, registry: dict[str, Entry]) -> Reward:
-    """The reward an expression stands for. Raises UserError, naming what is wrong in it."""
+    """Parse an expression. Raises UserError that names the mistake in it."""
     short = expression if len(expression) <= 80 else expression[:77] + "..."
     try:
-        if len(expression) > 500:  # so nothing in it is nested deeper than Python's stack
+        if len(expression) > 500:  # deep nesting would exceed Python's stack
             raise ValueError("longer than 500 characters")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python's own, on such things as 0.5format
+            warnings.simplefilter("ignore")  # Python warns of 0.5format, for example
             body = ast.parse(expression.strip(), mode="eval").body
         leaves: list[Leaf] = []
         compute = _build(body, registry, leaves)
     except (RecursionError, MemoryError):
-        raise UserError(f"reward {short!r}: nested too deep") from None
+        raise UserError(f"reward {short!r}: nested too deeply") from None
     except SyntaxError:
         wanted = "an expression such as 'format & ~python' or 'ground_truth + 0.1*format'"
         raise UserError(f"reward {short!r}: cannot be read: write {wanted}") from None
@@ -123,7 +129,7 @@ def parse(expression: str, registry: dict[str, Entry]) -> Reward:
 
 @dataclass(frozen=True)
 class Leaf:
-    """One reward of an expression with its arguments: call it on rollouts."""
+    """One reward of an expression, with its arguments."""
 
     name: str
     entry: Entry
@@ -135,7 +141,7 @@ class Leaf:
         return needs(**self.arguments) if callable(needs) else needs
 
     def __call__(self, rollouts: Any) -> Tensor:
-        """float32 [B]. Raises UserError, with the reward's name, where it fails."""
+        """Compute the reward, float32 [B]. Raises UserError that names the reward if it fails."""
         rows = len(rollouts.text)
         try:
             out = self.entry.function(rollouts, **self.arguments)
@@ -161,8 +167,10 @@ class Leaf:
 def _build(
     node: ast.expr, registry: dict[str, Entry], leaves: list[Leaf]
 ) -> Callable[[Any], Tensor]:
-    """A function of rollouts for a node; the rewards met on the way are added to leaves."""
+    """Turn a node into a function of rollouts. Its rewards are added to leaves."""
     build = partial(_build, registry=registry, leaves=leaves)
+    if _number(node) is not None:
+        raise ValueError("a number alone is not a reward: multiply a reward by it")
     match node:
         case ast.Name() | ast.Call(func=ast.Name()):
             leaves.append(_leaf(node, registry))
@@ -172,22 +180,18 @@ def _build(
                 if (factor := _number(number)) is not None:
                     part = build(other)
                     return lambda r: factor * part(r)
-            raise ValueError("`*` wants a number on one side; `&` is for two rewards")
-        case ast.BinOp(op=ast.Add() | ast.Sub()):
-            left, right = build(node.left), build(node.right)
-            sign = 1 if isinstance(node.op, ast.Add) else -1
+            raise ValueError("`*` wants a number on one side: use `&` for two rewards")
+        case ast.BinOp(left, ast.Add() | ast.Sub() | ast.BitAnd() as op, right):
+            left, right = build(left), build(right)
+            if isinstance(op, ast.BitAnd):
+                return lambda r: _binary(left(r), "&") * _binary(right(r), "&")
+            sign = 1 if isinstance(op, ast.Add) else -1
             return lambda r: left(r) + sign * right(r)
-        case ast.BinOp(op=ast.BitAnd()):
-            left, right = build(node.left), build(node.right)
-            return lambda r: _binary(left(r), "&") * _binary(right(r), "&")
-        case ast.UnaryOp(op=ast.Invert()):
-            part = build(node.operand)
-            return lambda r: 1 - _binary(part(r), "~")
-        case ast.UnaryOp(op=ast.USub()) if _number(node) is None:
-            part = build(node.operand)
+        case ast.UnaryOp(ast.Invert() | ast.USub() as op, operand):
+            part = build(operand)
+            if isinstance(op, ast.Invert):
+                return lambda r: 1 - _binary(part(r), "~")
             return lambda r: -part(r)
-    if _number(node) is not None:
-        raise ValueError("a number alone is no reward: multiply a reward by it")
     raise ValueError(
         f"{ast.unparse(node)[:40]!r} has no meaning here: "
         "use names, calls, `a & b`, `~a`, `+`, `-`, `*` by a number and parentheses"
@@ -195,7 +199,7 @@ def _build(
 
 
 def _leaf(node: ast.Name | ast.Call, registry: dict[str, Entry]) -> Leaf:
-    """A reward by its name, or called with arguments."""
+    """Look up a reward by its name and check its arguments."""
     call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
     name = call.func.id
     if name not in registry:
@@ -222,7 +226,7 @@ def _leaf(node: ast.Name | ast.Call, registry: dict[str, Entry]) -> Leaf:
 
 
 def _value(node: ast.expr) -> Any:
-    """An argument: a literal, or a bare word that stands for text."""
+    """The value of an argument: a literal, or a bare word, which means text."""
     if isinstance(node, ast.Name):
         return node.id
     try:
@@ -232,20 +236,19 @@ def _value(node: ast.expr) -> Any:
 
 
 def _number(node: ast.expr) -> float | None:
-    """The value of a literal number; None for anything else."""
+    """The value of a literal number, or None for anything else."""
     try:
         value = ast.literal_eval(node)
     except ValueError:
         return None
-    if type(value) not in (int, float):
-        return None
-    if not abs(value) <= 1e30:
+    if type(value) in (int, float) and not abs(value) <= 1e30:
         raise ValueError("a number in it is too large")
-    return value
+    return value if type(value) in (int, float) else None
 
 
 def _binary(values: Tensor, operator: str) -> Tensor:
+    """Return the values. Raises UserError if one of them is not 0 or 1."""
     odd = values[(values != 0) & (values != 1)]
     if len(odd):
-        raise UserError(f"`{operator}` joins rewards that are 0 or 1, and met {odd[0].item():.4g}")
+        raise UserError(f"`{operator}` wants rewards that are 0 or 1, got {odd[0].item():.4g}")
     return values

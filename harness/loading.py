@@ -1,4 +1,4 @@
-"""Load a causal LM (plain or NF4) and its tokenizer, and refuse what we would get wrong."""
+"""Load a causal LM (plain or NF4) and its tokenizer. Refuse models that are not supported."""
 
 import os
 from collections.abc import Iterator
@@ -21,8 +21,8 @@ from harness import gguf
 from harness.errors import UserError
 from model import backbone, head, logits
 
-# Below so many parameters a second thread costs more than it brings on the CPU, most of all where
-# other work keeps the cores busy (12 times as long was seen for the tiny world).
+# Models with fewer parameters get one CPU thread. For them a second thread costs more than it
+# gains, above all if other work keeps the cores busy (the tiny world once took 12 times as long).
 SMALL_MODEL = 2_000_000
 
 
@@ -39,8 +39,8 @@ def choose_device(
     `model` (hub id or folder) has at least LARGE_MODEL parameters, and the choice is printed. It is
     float32 otherwise, and always if `full`, for training all weights.
 
-    Raises UserError for a device that is not there or is neither cpu nor cuda, and for bfloat16 on
-    a GPU that has no units for it.
+    Raises UserError for a device that is missing or is neither cpu nor cuda, and for bfloat16 on a
+    GPU without hardware for it.
     """
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
@@ -89,8 +89,9 @@ def _parameters(name: str) -> int:
 
 
 def _prepare_cuda(device: torch.device) -> None:
-    """Make the device the current one, on whose stream graphs are captured."""
-    # Shapes vary from step to step, and fixed segments would leave holes. Read at the first use.
+    """Make the device the current one. CUDA graphs are captured on its stream."""
+    # Shapes vary from step to step, and segments of fixed size would leave gaps in memory. PyTorch
+    # reads this when it first uses the GPU.
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     torch.cuda.set_device(device)
@@ -100,7 +101,7 @@ def _prepare_cuda(device: torch.device) -> None:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub id, folder or GGUF file. Raises UserError if it is out of reach."""
+    """Load the tokenizer of a hub id, folder or GGUF file. Raises UserError if that fails."""
     name = gguf.resolve(name)
     with _readable_errors(name, "tokenizer"):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -112,16 +113,16 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> nn.Module:
-    """Load a causal LM by hub id, folder or GGUF file, every weight frozen, in train mode.
+    """Load a causal LM by hub id, folder or GGUF file, all weights frozen, in train mode.
 
-    quant: "none", or "nf4" = bitsandbytes NF4 with double quantisation for every linear layer but
-    the head. dtype is the weights' (plain) or the computation's (nf4). Train mode is on purpose and
-    harmless, since all dropout is set to 0: in eval mode bitsandbytes may repack 4-bit weights in
-    place on some CPUs, after which gradients are silently lost. For a small model on the CPU,
-    torch is set to one thread.
+    quant is "none" or "nf4": bitsandbytes NF4 with double quantisation for every linear layer
+    except the head. dtype is that of the weights (none) or of the computation (nf4). In eval mode
+    bitsandbytes may repack 4-bit weights in place on some CPUs, and gradients are then silently
+    lost. The model is therefore in train mode, which changes nothing else, because all dropout is
+    set to 0. For a small model on the CPU, torch is set to one thread.
 
-    Raises UserError for a model that is not within reach, or whose layers we would get wrong
-    (sliding-window attention, logits that are more than a linear map of the last hidden state).
+    Raises UserError for a model that cannot be loaded, or that this code would get wrong
+    (sliding-window attention, or logits that are not a linear map of the last hidden state).
     """
     name = gguf.resolve(name)
     with _readable_errors(name, "model"):
@@ -142,7 +143,7 @@ def load_model(
             extra["device_map"] = {"": str(device)}
         bars, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
         hf_logging.disable_progress_bar()
-        hf_logging.set_verbosity_error()  # _refuse_incomplete says in a line what it would print
+        hf_logging.set_verbosity_error()  # _refuse_incomplete reports what it would print
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 name,
@@ -170,19 +171,22 @@ def load_model(
     return model
 
 
-# Buffers that old checkpoints store although they are computed.
+# Buffers that are computed at loading. Old checkpoints store them nevertheless.
 COMPUTED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias")
 
 
 def _refuse_incomplete(name: str, info: dict) -> None:
-    """transformers draws missing weights at random, without a seed, and leaves unknown ones out."""
+    """Refuse a model with missing or unknown weights.
+
+    transformers would draw missing weights at random without a seed, and ignore unknown ones.
+    """
     unknown = [key for key in info["unexpected_keys"] if not key.endswith(COMPUTED)]
     for what, keys in (("lacks", list(info["missing_keys"])), ("has no place for", unknown)):
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise UserError(
                 f"model {name!r}: {what} the weights {sorted(keys)[0]}{more}: the folder is "
-                "incomplete, or holds another model than its config.json says"
+                "incomplete, or its config.json belongs to another model"
             )
 
 
@@ -190,10 +194,10 @@ EXPANDED_ATTENTION = "nanorlvr_expanded"
 
 
 def _expanded_attention(module, query, key, value, mask, scaling=None, **kwargs):
-    """Causal attention [n, heads, T, D] in fp32 on CUDA, keys and values repeated for their heads.
+    """Causal attention [n, heads, T, D] in fp32 on CUDA, with keys and values repeated per head.
 
-    Flash attention takes no fp32, and the memory-efficient kernel takes no grouped heads: without
-    this all T x T scores would be held. No mask: padding stands to the right.
+    Flash attention has no fp32, and the memory-efficient kernel has no grouped heads. Without the
+    repetition PyTorch would store all T x T scores. No mask is needed: padding is on the right.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
@@ -206,7 +210,7 @@ AttentionInterface.register(EXPANDED_ATTENTION, _expanded_attention)
 
 @contextmanager
 def _readable_errors(name: str, what: str) -> Iterator[None]:
-    """Turn the many ways in which from_pretrained fails into one line."""
+    """Turn the errors of from_pretrained into a UserError of one line."""
     try:
         yield
     except (OSError, ValueError, ImportError) as error:  # OSError: absent, or no hub
@@ -214,21 +218,21 @@ def _readable_errors(name: str, what: str) -> Iterator[None]:
         reason = lines[0] if lines else type(error).__name__
         if "trust_remote_code" in str(error):
             raise UserError(
-                f"{what} {name!r}: asks to run code of its own, which is never run here: use a "
-                "model whose architecture transformers knows"
+                f"{what} {name!r}: needs code of its own, which is never run here: use a model "
+                "whose architecture transformers knows"
             ) from error
         local = Path(name).exists()
         hint = (
             "the folder must hold config.json, the weights (*.safetensors) and a tokenizer"
             if local
-            else "no such folder here, and the hub is not within reach or has no such model: "
+            else "there is no such folder, and the hub cannot be reached or has no such model: "
             "name a local folder"
         )
         raise UserError(f"{what} {name!r}: {hint} ({reason})") from error
 
 
 def check_positions(model: torch.nn.Module, max_prompt_tokens: int, max_new_tokens: int) -> None:
-    """A prompt and response longer than the model's positions is an error, before any work."""
+    """Raise UserError if a prompt and its response can be longer than the model's positions."""
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions and max_prompt_tokens + max_new_tokens > positions:
         raise UserError(
@@ -239,6 +243,7 @@ def check_positions(model: torch.nn.Module, max_prompt_tokens: int, max_new_toke
 
 @torch.no_grad()
 def _refuse_unknown_architecture(model: nn.Module, name: str) -> None:
+    """Refuse sliding-window attention, and logits that are computed in another way than ours."""
     kinds = set(getattr(model.config, "layer_types", None) or []) - {"full_attention"}
     if kinds or (
         getattr(model.config, "sliding_window", None) and not hasattr(model.config, "layer_types")

@@ -1,7 +1,7 @@
-"""Completions of an eval, kept as they come, so that one that was interrupted goes on.
+"""Store the results of an eval, or labels, as they come, so that an interrupted one can continue.
 
-FILE.progress lies beside FILE until FILE is whole: one line with all that the completions depend
-on, then a line a problem, in the order in which they ended.
+They are stored in FILE.progress until FILE is written as a whole. Its first line holds all settings
+that the results depend on. Each further line holds a result.
 """
 
 import fcntl
@@ -15,7 +15,7 @@ from harness.errors import UserError
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of a model's weights: of the name, type and sum of each."""
+    """A hash of a model's weights, computed from the name, type and sum of each."""
     sums = [
         (name, str(p.dtype), p.detach().sum(dtype=float64).item())
         for name, p in model.named_parameters()
@@ -23,57 +23,83 @@ def fingerprint(model: nn.Module) -> str:
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
 
 
-class Kept:
-    """FILE.progress, held by one process: rows[i] is what was kept of problem i.
+class ProgressFile:
+    """FILE.progress, a file of JSON lines, locked by one process.
 
-    settings: what the completions depend on, as JSON; a file of other settings is begun anew. A
-    path of None keeps nothing on disk. Raises UserError where another process writes the file.
+    It is never replaced, only appended to, because the lock belongs to the open file. Raises
+    UserError if the file cannot be written or another process holds it.
+    """
+
+    def __init__(self, file: Path):
+        self.path = file.with_name(file.name + ".progress")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "a+", encoding="ascii", newline="\n")
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.close()
+            raise UserError(f"{self.path}: another process is writing it") from error
+
+    def read(self) -> list:
+        """All lines. A last line that a crash cut off is deleted. ValueError if one is not JSON."""
+        self._file.seek(0)
+        text = self._file.read()
+        text = text[: text.rfind("\n") + 1]
+        lines = [json.loads(line) for line in text.splitlines()]
+        self._file.truncate(len(text))
+        return lines
+
+    def append(self, lines: list[dict]) -> None:
+        """Write lines at the end of the file."""
+        self._file.write("".join(json.dumps(line) + "\n" for line in lines))
+        self._file.flush()
+
+    def clear(self) -> None:
+        """Delete all lines."""
+        self._file.truncate(0)
+
+    def close(self) -> None:
+        """Close the file, which also releases the lock."""
+        self._file.close()
+
+
+class Kept:
+    """The completions of an eval: rows[i] holds those of problem i.
+
+    settings are what the completions depend on, as JSON. If the file has other settings, it is
+    started anew. With path=None nothing is stored on disk. Raises UserError if another process
+    writes the file.
     """
 
     def __init__(self, path: Path | None, settings: dict):
         self.rows: dict[int, dict] = {}
-        self.file = None
-        if path is None:
+        self.file = ProgressFile(path) if path else None
+        if not self.file:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path.with_name(path.name + ".progress")
-        self.file = open(self.path, "a+", encoding="ascii", newline="\n")
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self.file.close()
-            raise UserError(f"{self.path}: another process is writing it") from error
-        self._read(json.loads(json.dumps(settings)))
-
-    def _read(self, settings: dict) -> None:
-        self.file.seek(0)
-        text = self.file.read()
-        text = text[: text.rfind("\n") + 1]  # a line that a crash cut off is dropped
-        try:
-            first, *rows = [json.loads(line) for line in text.splitlines()]
-            if first == settings:
+            first, *rows = self.file.read() or [None]
+            if first == json.loads(json.dumps(settings)):
                 self.rows = {row.pop("i"): row for row in rows}
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, AttributeError):  # damaged
             self.rows = {}
-        self.file.truncate(len(text) if self.rows else 0)
         if not self.rows:
-            self._append(settings)
-
-    def _append(self, line: dict) -> None:
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+            self.file.clear()
+            self.file.append([settings])
 
     def add(self, i: int, completions: list[str], finish_reason: list[str]) -> None:
-        """Keep what came of problem i."""
+        """Store the completions of problem i."""
         row = {"completions": completions, "finish_reason": finish_reason}
         self.rows[i] = row
         if self.file:
-            self._append({"i": i, **row})
+            self.file.append([{"i": i, **row}])
 
     def drop(self) -> None:
-        """All of it stands in FILE now."""
+        """Delete FILE.progress once FILE holds everything."""
         if self.file:
-            self.path.unlink()
+            self.file.path.unlink()
 
     def __enter__(self) -> "Kept":
         return self

@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 
 class Progress:
-    """A progress bar over rows that shows tokens/s; pass it to generate."""
+    """A progress bar over rows that shows tokens/s. Pass it to generate."""
 
     def __init__(self, rows: int, desc: str, **kwargs):
         self.bar = tqdm(total=rows, desc=desc, unit="row", **kwargs)

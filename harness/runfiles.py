@@ -1,6 +1,6 @@
-"""What others read of a run folder, which checkpoint.py writes, and ways to write a file whole.
+"""Read a run folder, which harness/checkpoint.py writes, and write files as a whole.
 
-The state says how far a run is, since a step is logged before it is saved.
+A step is logged before it is saved. The state, not the log, therefore says how far a run is.
 """
 
 import itertools
@@ -16,12 +16,12 @@ from harness.errors import UserError
 
 STATE = "state.safetensors"
 RECORD = "nanorlvr.json"  # beside trained weights: their step, base model and quantisation
-BASE_KEY = "base_model_name_or_path"  # of the base model in adapter_config.json
+BASE_KEY = "base_model_name_or_path"  # key of the base model in adapter_config.json
 T = TypeVar("T")
 
 
 def read_config(folder: Path | str) -> dict:
-    """The configuration of a run. Raises UserError if the folder holds none."""
+    """The configuration of a run. Raises UserError if the folder does not hold one."""
     path = Path(folder) / "config.json"
     try:
         return json.loads(path.read_text())["config"]
@@ -30,7 +30,10 @@ def read_config(folder: Path | str) -> dict:
 
 
 def read_state(folder: Path | str) -> dict[str, str] | None:
-    """What a run's state says of itself (steps_done, logged); None where there is no state."""
+    """The numbers in a run's state (steps_done, logged), or None if there is no state.
+
+    Raises UserError if the state is damaged.
+    """
     path = Path(folder) / STATE
     if not path.exists():
         return None
@@ -44,7 +47,7 @@ def read_state(folder: Path | str) -> dict[str, str] | None:
 
 
 def read_record(folder: Path | str) -> dict:
-    """The record beside trained weights; {} where there is none that can be read."""
+    """The record beside trained weights, or {} if there is no readable one."""
     try:
         record = json.loads((Path(folder) / RECORD).read_text())
     except (OSError, ValueError):
@@ -53,28 +56,25 @@ def read_record(folder: Path | str) -> dict:
 
 
 def read_history(folder: Path, state: dict[str, str]) -> list[dict]:
-    """The rows of metrics.jsonl up to the state's step. Raises UserError where one is missing."""
+    """The rows of metrics.jsonl up to the state's step. Raises UserError if a row is missing."""
     path, done = folder / "metrics.jsonl", int(state["steps_done"])
     rows = read_jsonl(path)
     steps = [row.get("step") for row in rows]
     steps = list(itertools.takewhile(lambda step: isinstance(step, int) and step <= done, steps))
-    logged = int(state.get("logged", max(len(steps), done)))  # from before it was recorded
+    logged = int(state.get("logged", max(len(steps), done)))  # older runs lack it
     wanted = list(range(done + 1 - logged, done + 1))
     if steps != wanted or wanted[:1] not in ([], [0], [1]):
         missing = sorted(set(wanted) - set(steps))
-        what = f"no row of step {missing[0]}" if missing else "rows that are not step after step"
+        what = f"step {missing[0]} is missing" if missing else "the steps are not in order"
         raise UserError(
-            f"{path}: damaged: {what}, but the checkpoint is of step {done}: "
-            "put the file back as it was, or start a new run in another --out_dir"
+            f"{path}: damaged: {what}, but the checkpoint is from step {done}: "
+            "restore the file, or start a new run in another --out_dir"
         )
     return rows[: len(steps)]
 
 
 def is_complete(folder: Path | str) -> bool:
-    """Whether a run has made and saved all its steps, and measured what came of them.
-
-    Of the state, not of the logs, as a step is logged before it is saved.
-    """
+    """Whether a run has made and saved all its steps, and made its last eval if it has evals."""
     config, state = read_config(folder), read_state(folder)
     if state is None or int(state["steps_done"]) != config["steps"]:
         return False
@@ -85,7 +85,10 @@ def is_complete(folder: Path | str) -> bool:
 
 
 def trained_weights(folder: Path | str) -> dict[str, str]:
-    """What a run made: {"adapter": folder}, or {"model": folder} where all weights were trained."""
+    """The weights of a run: {"adapter": folder}, or {"model": folder} after full training.
+
+    Raises UserError if there are none.
+    """
     for kind in ("adapter", "model"):
         if (Path(folder) / kind).is_dir():
             return {kind: str(Path(folder) / kind)}
@@ -93,7 +96,7 @@ def trained_weights(folder: Path | str) -> dict[str, str]:
 
 
 def stale(weights: Path | str) -> str:
-    """A line where a run's adapter/ or model/ is not of its checkpoint's step; else ""."""
+    """Return a warning if adapter/ or model/ is not from the checkpoint's step, else ""."""
     run = Path(weights).parent
     state = read_state(run)
     if state is None:  # not in a run's folder
@@ -101,18 +104,19 @@ def stale(weights: Path | str) -> str:
     step = read_record(weights).get("steps_done")
     if step == int(state["steps_done"]):
         return ""
-    of = "of an unknown step" if step is None else f"of step {step}"
+    found = "incomplete" if step is None else f"from step {step}"
     return (
-        f"{weights} is {of}, the run's checkpoint of step {state['steps_done']}: "
-        f"repair it by python train.py --out_dir={run} --resume=True"
+        f"{weights} is {found}, but the run's checkpoint is from step {state['steps_done']}: "
+        f"repair it with python train.py --out_dir={run} --resume=True"
     )
 
 
 def over_its_base(cfg: T, given: dict) -> T:
-    """A copy of cfg with the base model and the quantisation that cfg.adapter was trained over.
+    """Return a copy of cfg with the base model and quantisation that cfg.adapter was trained with.
 
-    cfg: a dataclass with adapter, model and quant; given: what the user typed, which stands. Says
-    in a line what was taken from beside the adapter, and warns where something else was typed.
+    cfg is a dataclass with adapter, model and quant. `given` holds the settings that the user gave,
+    which are kept. Prints which settings were taken from the adapter's folder, and warns if the
+    user gave others. Raises UserError if the folder holds no adapter.
     """
     folder = Path(cfg.adapter)
     if not (folder / "adapter_config.json").is_file():
@@ -121,11 +125,11 @@ def over_its_base(cfg: T, given: dict) -> T:
     try:
         base = json.loads((folder / "adapter_config.json").read_text())[BASE_KEY]
     except (OSError, ValueError, KeyError, TypeError):
-        base = None  # lora.load_adapter says what is wrong
+        base = None  # load_adapter will report what is wrong
     found = {"model": record.get("base_model") or base, "quant": record.get("quant")}
     for key, value in found.items():
         if value and key in given and given[key] != value:
-            print(f"warning: {folder} was trained over {key}={value}, not {given[key]}")
+            print(f"warning: {folder} was trained with {key}={value}, not {given[key]}")
     taken = {
         key: value
         for key, value in found.items()
@@ -134,12 +138,12 @@ def over_its_base(cfg: T, given: dict) -> T:
     if taken:
         print(f"from {folder}: " + ", ".join(f"{key}={value}" for key, value in taken.items()))
     if not found["quant"] and "quant" not in given:
-        print(f"{folder} does not say over which quantisation it was trained: quant={cfg.quant}")
+        print(f"{folder} does not name the quantisation it was trained with: quant={cfg.quant}")
     return replace(cfg, **taken)
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """Rows of a log, up to the first line that a crash cut off or damaged."""
+    """The rows of a log, up to the first line that a crash cut off or damaged."""
     rows = []
     for line in path.read_text(errors="replace").split("\n")[:-1] if path.exists() else []:
         try:
@@ -153,7 +157,7 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def save_rows(rows: list[dict], path: Path) -> None:
-    """Write rows as .jsonl, whole or not at all."""
+    """Write rows as .jsonl. A crash leaves the old or the new file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -161,7 +165,7 @@ def save_rows(rows: list[dict], path: Path) -> None:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write JSON whole or not at all."""
+    """Write JSON. A crash leaves the old or the new file."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=1) + "\n")
     os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""Which scale file a run gets when none is named."""
+"""Choose the scale file of a run that names none."""
 
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,10 +15,14 @@ from tasks import tiny
 
 
 def choose_scale(given: dict) -> tuple[str | dict, str]:
-    """The scale when none is named: the resumed run's own, else what fits this machine."""
+    """Choose the resumed run's own configuration, or else a scale that fits this machine.
+
+    `given` holds the settings that the user gave. Returns a scale file or a dict of settings, and
+    the reason.
+    """
     if given.get("resume") and given.get("out_dir"):
         saved = read_config(given["out_dir"])
-        known = {f.name for f in fields(Config)}  # a setting that is gone says nothing any more
+        known = {f.name for f in fields(Config)}  # an old run may hold settings that are gone
         values = {key: value for key, value in saved.items() if key in known}
         return values, f"the configuration of {given['out_dir']}"
     how = "choose by naming one, e.g. config/model/tiny.py"
@@ -27,15 +31,18 @@ def choose_scale(given: dict) -> tuple[str | dict, str]:
         return small, f"no CUDA here; {how}"
     model = given.get("model", Config.model)
     if not _within_reach(model):
-        return small, f"{model} is neither on disk nor is a hub within reach; {how}"
+        return small, f"{model} is not on disk and no hub can be reached; {how}"
     free, need = _free_and_needed(big, given)
     if need > free:
-        return small, f"the GPU has {free / 1e9:.1f} GB for it, {big} needs {need / 1e9:.1f}; {how}"
+        return (
+            small,
+            f"{big} needs {need / 1e9:.1f} GB, the GPU has {free / 1e9:.1f} GB for it; {how}",
+        )
     return big, f"it needs {need / 1e9:.1f} GB of {free / 1e9:.1f} on the GPU; {how}"
 
 
 def _free_and_needed(scale: str, given: dict) -> tuple[float, float]:
-    """Bytes of the GPU that a run may have, and bytes that the scale needs at least, as planned."""
+    """GPU memory that a run may use, and what the scale needs at least by the plan, in bytes."""
     cfg = replace(configure(Config, [scale])[0], **given)
     free = device_memory(torch.device("cuda", 0))
     plan = planned(cfg, AutoConfig.from_pretrained(tiny.resolve(cfg.model)), free)
@@ -43,6 +50,7 @@ def _free_and_needed(scale: str, given: dict) -> tuple[float, float]:
 
 
 def _within_reach(model: str) -> bool:
+    """Whether the model is on disk or on a hub that answers."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     if Path(model).is_dir() or isinstance(try_to_load_from_cache(model, "config.json"), str):
@@ -50,5 +58,5 @@ def _within_reach(model: str) -> bool:
     try:
         HfApi().model_info(model, timeout=5)
         return True
-    except Exception:  # offline, refused, unknown: whatever the reason, it is not within reach
+    except Exception:  # such as offline or unknown; the reason does not matter
         return False

@@ -1,11 +1,11 @@
 """Generated arithmetic: problems that no model can have seen in training.
 
-`arithmetic` has two operations a problem, `arithmetic_5` five, up to twenty. The idea is that of
-RandomCalculation in "Reasoning or Memorization?" (arXiv 2507.10532), which shows that random
-rewards help on benchmarks a model may have memorised and not on sums made up on the spot.
+Problems of `arithmetic` have two operations, those of `arithmetic_5` five, and so on up to twenty.
+The idea is RandomCalculation of "Reasoning or Memorization?" (arXiv 2507.10532). That paper shows
+that random rewards help on benchmarks that a model may have memorised, but not on new arithmetic.
 
-A problem is a function of (number of operations, its index), so every machine has the same ones.
-Train and test never share a problem.
+A problem is a function of (number of operations, index), so every machine makes the same problems.
+The train and test splits never share a problem.
 """
 
 import re
@@ -16,16 +16,16 @@ import numpy as np
 
 from harness.errors import UserError
 
-OPERATIONS = 2  # of `arithmetic` alone
+OPERATIONS = 2  # the number of operations of plain `arithmetic`
 MOST_OPERATIONS = 20
 N_TRAIN, N_TEST = 4000, 500
-STREAM = 301  # first key of the generator: no other use of randomness shares it
+STREAM = 301  # first key of the generator; nothing else uses this key
 
 
 def operations_of(name: str) -> int | None:
-    """The number of operations that a data set's name asks for; None for another data set.
+    """The number of operations in the name of a data set; None if it is another data set.
 
-    Raises UserError where the number is not within 1 to 20.
+    Raises UserError if the number is not from 1 to 20.
     """
     match = re.fullmatch(r"arithmetic(?:_(\d{1,4}))?", name)
     if not match:
@@ -37,13 +37,13 @@ def operations_of(name: str) -> int | None:
 
 
 def make_rows(operations: int, split: str) -> list[dict[str, str]]:
-    """The problems of a split, N_TRAIN or N_TEST of them, as rows of a data set."""
+    """The N_TRAIN or N_TEST problems of a split, as rows of a data set."""
     rows: dict[str, dict[str, str]] = {}
     wanted, index = (N_TRAIN if split == "train" else N_TEST), 0
     while len(rows) < wanted:
         text, value = _expression(np.random.default_rng((STREAM, operations, index)), operations)
         index += 1
-        # The text decides the split, so equal problems are on the same side.
+        # The text decides the split, so equal problems are in the same split.
         in_test = crc32(text.encode()) % 9 == 0
         if in_test == (split == "test") and text not in rows:
             id_ = f"arithmetic_{operations}/{index - 1}"

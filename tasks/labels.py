@@ -1,19 +1,18 @@
-"""Offline majority labels: what a model itself answers most often to each problem.
+"""Offline majority labels: the answer that a model itself gives most often to each problem.
 
     python eval.py --labels=FILE --model=NAME --data=SOURCE
     python train.py config/majority.py --train_data=FILE
 
-Every problem is sampled many times at temperature 1 from its raw text (64 times, no chat template:
-Shao et al., "Spurious Rewards", arXiv 2506.10947). A sample's answer is its last box; samples
-without one are dropped. Equivalent answers form a cluster, and the label is the largest cluster in
-its most frequent spelling. The paper's code counts equal strings instead, which divides 0.5 and
-1/2: `string` does so too, and the report says how often the two labels differ.
+Each problem is sampled 64 times at temperature 1 from its raw text, without a chat template (Shao
+et al., "Spurious Rewards", arXiv 2506.10947). The answer of a sample is its last box. Samples
+without one are dropped. Equivalent answers form a cluster, and the label is the most frequent
+spelling in the largest cluster. The paper's code counts equal strings instead, which separates 0.5
+from 1/2. label_by=string does the same, and the report says how often the two labels differ.
 
-FILE appears whole, at the end. FILE.progress holds the settings and every problem done, those
-without any answer included; the same command goes on from there.
+FILE is written as a whole at the end. Until then FILE.progress holds the settings and every problem
+done, including those without an answer. The same command continues from there.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -32,6 +31,7 @@ from data import Problem
 from engine import LABEL_NOISE, decode, generate
 from grading.spelling import lenient_answer
 from harness.errors import UserError
+from harness.partial import ProgressFile
 from harness.progress import Progress
 from model import end_token_ids
 from tasks.answers import found
@@ -44,10 +44,10 @@ Items = list[tuple[Problem, list[int]]]  # problems and their prompts' token ids
 
 
 def count(pairs: list[tuple[str, int | str]]) -> list[tuple[str, int]]:
-    """[(spelling, size)] of the clusters, largest first, of the (answer, its cluster) pairs.
+    """Count (answer, cluster) pairs: [(spelling, size)] of the clusters, largest first.
 
-    A cluster goes by its most frequent spelling. Ties, of sizes and of spellings, go to what came
-    first: ("0.5", 0), ("7", 1), ("1/2", 0) gives [("0.5", 2), ("7", 1)].
+    The spelling of a cluster is its most frequent answer. Among equal sizes or equally frequent
+    answers the first one wins: ("0.5", 0), ("7", 1), ("1/2", 0) gives [("0.5", 2), ("7", 1)].
     """
     spellings: dict[int | str, Counter] = {}
     for answer, cluster in pairs:
@@ -59,26 +59,26 @@ def count(pairs: list[tuple[str, int | str]]) -> list[tuple[str, int]]:
 def label_rows(
     problems: list[Problem], answers: list[list[str | None]], grader: grading.Grader | None = None
 ) -> list[dict]:
-    """One row a problem from the answers of its samples, [problems][samples], None where none.
+    """Make one row per problem from answers [problems][samples]; None is a sample without one.
 
-    Columns: the problem's own; samples, answered (numbers of samples); clusters [[answer, size]],
-    largest first; for both ways of counting label ("" where no sample has an answer), size and
-    correct (against the gold answer); differ (the two labels are not equivalent).
+    A row has the fields of the problem; `samples` and `answered`, numbers of samples; `clusters`,
+    [[answer, size]], largest first; `differ`, whether the two labels are not equivalent; and for
+    each way of counting (equivalence_..., string_...) `label` ("" if no sample has an answer),
+    `size`, and `correct` (compared with the gold answer).
     """
     groups = [i for i, part in enumerate(answers) for _ in part]
     cluster = iter(grading.clusters([a for part in answers for a in part], groups, grader))
     rows = []
     for problem, part in zip(problems, answers, strict=True):
         pairs = [(answer, c) for answer in part if (c := next(cluster)) >= 0]
-        by_cluster, by_string = count(pairs), count([(answer, answer) for answer, _ in pairs])
+        counted = {"equivalence": count(pairs), "string": count([(a, a) for a, _ in pairs])}
         row = {key: getattr(problem, key) for key in ("problem", "answer", "id", "subject")}
         row |= {"level": problem.level, "samples": len(part), "answered": len(pairs)}
-        row["clusters"] = [list(pair) for pair in by_cluster]
-        for by, counted in (("equivalence", by_cluster), ("string", by_string)):
-            row[f"{by}_label"], row[f"{by}_size"] = counted[0] if counted else ("", 0)
-        cluster_of = dict(pairs)  # equal strings share one
-        tops = {cluster_of.get(row[f"{by}_label"]) for by in ("equivalence", "string")}
-        row["differ"] = len(tops) > 1
+        row["clusters"] = [list(pair) for pair in counted["equivalence"]]
+        for by, sizes in counted.items():
+            row[f"{by}_label"], row[f"{by}_size"] = sizes[0] if sizes else ("", 0)
+        cluster_of = dict(pairs)  # equal strings share a cluster
+        row["differ"] = len({cluster_of.get(row[f"{by}_label"]) for by in counted}) > 1
         rows.append(row)
     golds = [row["answer"] for row in rows]
     for by in ("equivalence", "string"):
@@ -91,14 +91,14 @@ def label_rows(
 def label_is_right(
     labels: list[str], golds: list[str], grader: grading.Grader | None = None
 ) -> tuple[list[bool], list[bool]]:
-    """Which labels are right: by the strict rule of every reward, and by a lenient rule as well.
+    """Which labels are right by the strict rule of the rewards, and which by a lenient rule.
 
     The strict rule refuses what it cannot read, so some labels that it calls wrong are right. The
-    lenient rule accepts whatever the strict one does. It also accepts a label that equals the gold
-    answer but for case and spaces, and one that the strict rule accepts after label, gold answer or
-    both were read as prose, if they have words: the last box, what follows "answer is", or the last
-    number (spelling.lenient_answer). A label that it refuses is wrong; not every one that it
-    accepts is right.
+    lenient rule accepts every label that the strict rule accepts, and two kinds more. The first
+    equals the gold answer except for case and spaces. The second is accepted by the strict rule
+    after an answer was extracted from label, gold answer or both, if they have words: the last box,
+    the text after "answer is", or the last number (grading.spelling.lenient_answer). A label that
+    the lenient rule refuses is wrong, but a label that it accepts need not be right.
     """
     grader = grader or grading.grader()
     read, read_golds = [_prose(label) for label in labels], [_prose(gold) for gold in golds]
@@ -110,7 +110,7 @@ def label_is_right(
 
 
 def _prose(text: str) -> str:
-    """The answer in a text that has words (letters in a row that are no LaTeX command)."""
+    """The answer in a text with words (two or more letters that are not a LaTeX command)."""
     has_words = re.search(r"(?<![\\A-Za-z])[A-Za-z]{2,}", text)
     return (lenient_answer(text) or text) if has_words else text
 
@@ -135,12 +135,11 @@ def label(
     desc: str = "labels",
     prefix: str = "",
 ) -> Iterator[list[dict]]:
-    """Sample and count items[first:], yielding the rows of one batch of problems at a time.
+    """Sample items[first:], count their answers, and yield the rows of one batch at a time.
 
+    A batch is decoded at once and has at least one problem. The samples depend only on the seed and
+    the problem's place in items, so neither the batch size nor `first` changes a label.
     prefix is the text that every response begins with (data.Prompt).
-
-    A batch is what is decoded at once, or one problem. The samples are a function of seed and of a
-    problem's place in items: neither batches nor where one starts change a label.
     """
     batch = max(1, rollout_rows // samples)
     ends = end_token_ids(model, tokenizer)
@@ -168,7 +167,7 @@ def label(
 
 
 def render(rows: list[dict], by: LabelBy) -> str:
-    """The text of a labelled file: rows without an answer left out, one of the labels chosen."""
+    """The text of FILE: the rows that have an answer, with the label counted in the chosen way."""
     lines = []
     for row in rows:
         if row["answered"]:
@@ -182,92 +181,78 @@ def render(rows: list[dict], by: LabelBy) -> str:
 
 
 def fingerprint(items: Items) -> str:
-    """Number of the problems, and a hash of all that a label depends on in them."""
+    """The number of problems, and a hash of everything in them that a label depends on."""
     content = json.dumps([(problem.problem, problem.answer, ids) for problem, ids in items])
     return f"{len(items)} problems, {hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
 class LabelFile:
-    """FILE and FILE.progress, held by one process; rows are those of the problems done.
+    """FILE and FILE.progress, held by one process. `rows` are those of the problems done.
 
-    settings: what the labels depend on, as JSON. total: number of problems. Raises UserError where
-    FILE cannot be written, is being made by another process, was made with other settings, or was
-    not made here.
+    settings are what the labels depend on, as JSON. total is the number of problems. Raises
+    UserError if FILE cannot be written, is being made by another process, was made with other
+    settings, or was not made by this command.
     """
 
     def __init__(self, file: str, settings: dict, total: int):
         self.path, self.total = Path(file).expanduser(), total
-        self.progress = self.path.with_name(self.path.name + ".progress")
         where, other = f"labels={file}", "name another file, or delete this one"
         if self.path.is_dir():
             raise UserError(f"{where}: a folder: name a file in it, e.g. {file}/labels.jsonl")
-        if self.path.exists() and not self.progress.exists():
-            raise UserError(f"{where}: exists, and has no {self.progress.name}: {other}")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Never replaced, only appended to, so that the lock on it holds.
-            self._file = open(self.progress, "a+", encoding="ascii", newline="\n")
-        except OSError as error:
-            raise UserError(f"{where}: cannot be written: {error.strerror}") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{where}: another process is making it") from error
+        progress = self.path.name + ".progress"
+        if self.path.exists() and not self.path.with_name(progress).exists():
+            raise UserError(f"{where}: exists, and has no {progress}: {other}")
+        self.progress = ProgressFile(self.path)
         try:
             self.rows = self._read(settings)
             if self.path.exists() and len(self.rows) < total:
-                raise UserError(f"{where}: exists, but {self.progress.name} is unfinished: {other}")
+                raise UserError(f"{where}: exists, but {progress} is unfinished: {other}")
         except UserError:
-            self._file.close()  # and with it the lock
+            self.progress.close()
             raise
 
     def _read(self, settings: dict) -> list[dict]:
-        """The rows done, the file cut behind them; the settings are written where there is none."""
-        self._file.seek(0)
+        """The rows done. A file without rows gets these settings."""
+        path = self.progress.path
         try:
-            text = self._file.read()
-            text = text[: text.rfind("\n") + 1]  # a line that a crash cut off is dropped
-            before, *rows = [json.loads(line) for line in text.splitlines()] or [{"settings": {}}]
-            before = before["settings"]
+            first, *rows = self.progress.read() or [{"settings": {}}]
+            before = first["settings"]
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{self.progress}: not a list of labels: delete it") from error
+            raise UserError(f"{path}: not a list of labels: delete it") from error
+        if not rows:
+            self.progress.clear()
+            self.progress.append([{"settings": settings}])
+            return []
         for key, now in settings.items():
-            if rows and before.get(key) != now:
+            if before.get(key) != now:
                 raise UserError(
                     f"labels={self.path}: {key} was {json.dumps(before.get(key))} and is now "
-                    f"{json.dumps(now)}: name another file, or delete {self.progress.name}"
+                    f"{json.dumps(now)}: name another file, or delete {path.name}"
                 )
-        self._file.truncate(len(text) if rows else 0)
-        if not rows:  # nothing is lost by other settings yet
-            self._append([{"settings": settings}])
         return rows
 
-    def _append(self, lines: list[dict]) -> None:
-        self._file.write("".join(json.dumps(line) + "\n" for line in lines))
-        self._file.flush()
-
     def add(self, rows: list[dict]) -> None:
-        """Keep the rows of the next problems."""
-        self._append(rows)
+        """Store the rows of the next problems."""
+        self.progress.append(rows)
         self.rows += rows
 
     def finish(self, by: LabelBy) -> None:
-        """Write FILE, whole or not at all; leave one that is there if it is what would be written.
+        """Write FILE as a whole, unless it is already there with the same content.
 
-        Raises UserError where it is not (it was edited, or `by` is another now), or where no
-        problem has a label.
+        Raises UserError if it is there with another content (it was edited, or `by` has changed),
+        or if no problem has a label.
         """
         text = render(self.rows, by)
         if not text:
             raise UserError(
-                f"labels={self.path}: no sample has a boxed answer: nothing is labelled; try "
+                f"labels={self.path}: no sample has a boxed answer, so there is no label: try "
                 "another prompt or a larger max_new_tokens"
             )
         if self.path.exists():
             if self.path.read_text(encoding="utf-8") != text:
                 raise UserError(
-                    f"labels={self.path}: edited, or made with another label_by: delete it (not "
-                    f"{self.progress.name}) and it is written anew without sampling"
+                    f"labels={self.path}: edited, or made with another label_by: delete it, but "
+                    f"not {self.progress.path.name}, to have it written anew without sampling"
                 )
             print(f"{self.path} is complete")
             return
@@ -279,22 +264,25 @@ class LabelFile:
         return self
 
     def __exit__(self, kind, *error) -> None:
-        self._file.close()
+        self.progress.close()
         if kind is not None and 0 < len(self.rows) < self.total:
-            print(f"{len(self.rows)} of {self.total} problems are kept: the same command goes on")
+            print(
+                f"{len(self.rows)} of {self.total} problems are stored: repeat the command to go on"
+            )
 
 
 # ----------------------------------------------------------------------------------------- figures
 
 
 def summarize(rows: list[dict], by: LabelBy, too_long: int = 0) -> dict:
-    """Figures of the rows of label_rows, shares over the problems that have a label.
+    """Summarise the rows of label_rows. Shares are over the problems that have a label.
 
-    accuracy: share of right labels, stderr its standard error; wrong: number of wrong ones, on
-    which the incorrect reward trains; doubtful: labels that only a lenient rule accepts, on which
-    it does not (label_is_right); majority_share: mean share of a problem's samples that gave the
-    label, answered_share: that gave any answer; differ: problems on which the two ways of counting
-    disagree, with the accuracy of each.
+    accuracy        share of right labels, and stderr, its standard error
+    wrong           number of wrong labels; the reward `incorrect` trains on these problems
+    doubtful        number of labels that only the lenient rule accepts; it leaves these out
+    majority_share  mean share of a problem's samples that gave the label
+    answered_share  share of the samples of all problems that gave an answer
+    differ          number of problems on which the two ways of counting disagree
     """
     labelled = [row for row in rows if row["answered"]]
     mean = {
@@ -326,7 +314,7 @@ def summarize(rows: list[dict], by: LabelBy, too_long: int = 0) -> dict:
 
 
 def print_labels(summary: dict, path: Path) -> None:
-    """Print the figures; the last line is the JSON object."""
+    """Print the summary. The last line is the summary as a JSON object."""
     s, stderr = summary, summary["stderr"]
     print(
         f"label accuracy  {100 * s['accuracy']:5.1f}%"

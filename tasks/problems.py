@@ -1,4 +1,8 @@
-"""Which problems a run trains on: held-out ones dropped, labels where needed, one-shot."""
+"""Choose the problems that a run trains on.
+
+Drops held-out problems, requires labels where the reward needs them, and picks one problem for
+one-shot training.
+"""
 
 from data import Problem
 from harness.errors import UserError
@@ -8,7 +12,7 @@ from tasks.datasets import drop_overlap, load_problems
 from tasks.labels import label_is_right
 
 # The training problem of "one-shot RLVR" (pi_1 of Wang et al., arXiv 2504.20571), in our own words.
-# P = k A V^3 gives V = 2048^(1/3) = 12.699; the paper trains on the label 12.8, and so do we.
+# P = k A V^3 gives V = 2048^(1/3) = 12.699. The paper trains on the label 12.8, and so do we.
 PI_1 = Problem(
     problem="The pressure P of the wind on a sail varies jointly as the sail's area A and the cube "
     "of the wind's speed V. At V = 8 miles per hour it is P = 4 pounds on A = 2 square feet. At "
@@ -20,10 +24,10 @@ PI_1 = Problem(
 
 
 def pick_one(problems: list[Problem], which: str) -> Problem:
-    """The problem with this id, or the only one whose text holds `which` (case does not count).
+    """Find the problem with the id `which`, or the only one whose text contains it in any case.
 
-    pi_1 is the one on a sail that DeepScaleR holds, or PI_1 where the data hold none. UserError
-    where no problem or more than one is meant.
+    pi_1 is DeepScaleR's problem about a sail, or PI_1 if the data does not hold it. Raises
+    UserError if `which` fits no problem or more than one.
     """
     wanted = "on a sail" if which == "pi_1" else which.casefold()
     found = [p for p in problems if p.id == which]
@@ -32,8 +36,8 @@ def pick_one(problems: list[Problem], which: str) -> Problem:
         return PI_1
     if len(found) != 1:
         raise UserError(
-            f"one_shot={which}: {len(found) or 'no'} problems of train_data have this id or hold "
-            "this text: name one, by its id or more of its text, or pi_1"
+            f"one_shot={which}: {len(found) or 'no'} problems of train_data have this id or "
+            "contain this text: give an id, more of the text, or pi_1"
         )
     return found[0]
 
@@ -46,17 +50,19 @@ def training_problems(
     model: str = "",
     keep_duplicates: bool = False,
 ) -> tuple[list[Problem], str]:
-    """The problems of a data set to train on, and a line on what was left out of them.
+    """Load the problems to train on. Also return a line that says what was dropped.
 
-    Left out: duplicates, unless keep_duplicates (load_problems says how many); those of the eval
-    set; where the reward compares with majority labels, those without one; for `incorrect`, those
-    whose label is right or may be right (labels.label_is_right); where one_shot names a problem,
-    all others. Raises UserError where nothing is left; model is the one whose labels the message
-    asks for.
+    These are dropped:
+     - duplicates, unless keep_duplicates (load_problems prints their number);
+     - problems of the eval set;
+     - problems without a majority label, if the reward compares with it;
+     - problems whose label is right or may be right (labels.label_is_right), for `incorrect`;
+     - all problems but one, with one_shot.
+    Raises UserError if no problem is left. Its message names `model` as the one to label with.
     """
     in_tiny_world, labels = tiny.is_tiny(source), "label" in reward.needs
     if labels and in_tiny_world and not source.endswith("_labels"):
-        source += "_labels"  # the tiny world makes its own
+        source += "_labels"  # the tiny world makes its own labels
     problems = load_problems(tiny.resolve(source), "train", keep_duplicates and not one_shot)
     problems, overlap = drop_overlap(problems, held_out)
     dropped = [f"{overlap} in the eval set"]
@@ -64,7 +70,7 @@ def training_problems(
         labelled = [p for p in problems if p.label]
         if not labelled:
             raise UserError(
-                f"reward={reward}: train_data={source} has no majority labels: make them by "
+                f"reward={reward}: train_data={source} has no majority labels: make them with "
                 f"`python eval.py --labels=labels.jsonl --model={model} --data={source}`, then "
                 "--train_data=labels.jsonl"
             )
@@ -83,7 +89,7 @@ def training_problems(
         dropped.append(counts)
     if one_shot:
         if one_shot == "pi_1" and in_tiny_world:
-            one_shot = problems[0].id  # the tiny world cannot read of sails
+            one_shot = problems[0].id  # the tiny world has no sail problem: take its first problem
         problems = [pick_one(problems, one_shot)]
         print(f"one problem, duplicated: {problems[0].problem!r}, answer {problems[0].answer}")
     return problems, ", ".join(dropped)

@@ -351,7 +351,7 @@ def test_bad_expressions_say_what_is_wrong(expression, says):
 
 @pytest.mark.parametrize("expression", ["~(format + python)", "format & 2*python"])
 def test_only_binary_rewards_are_joined(expression):
-    with pytest.raises(UserError, match="0 or 1, and met 2"):
+    with pytest.raises(UserError, match="0 or 1, got 2"):
         score(expression)
 
 

@@ -29,8 +29,8 @@ from harness.configurator import PROJECT
 from harness.errors import UserError, run
 from harness.loading import load_model, load_tokenizer
 from harness.runfiles import read_jsonl, read_record, read_state
-from harness.stopping import StopOnSignal
-from lora import add_lora
+from harness.stopping import LastStep, StopOnSignal
+from lora import add_lora, trainable
 from train import train
 
 pytestmark = pytest.mark.slow
@@ -281,6 +281,72 @@ def test_nohup_goes_on_without_its_terminal():
             assert not stop.asked
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def interrupted(function, call=1):
+    """The function, with Ctrl-C pressed as its call-th call returns."""
+    calls = []
+
+    def wrapped(*args, **kwargs):
+        result = function(*args, **kwargs)
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return result
+
+    return wrapped
+
+
+@pytest.mark.parametrize("lora_r", [4, 0])
+def test_an_interruption_right_after_a_checkpoint_keeps_it(
+    small, whole, monkeypatch, capsys, lora_r
+):
+    cfg = replace(small, lora_r=lora_r)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.LastStep, "save", interrupted(trainer.LastStep.save))
+        with pytest.raises(KeyboardInterrupt):
+            train(cfg)
+    assert read_state(cfg.out_dir)["steps_done"] == "2"
+    err = capsys.readouterr().err
+    assert "saved as of step 2" in err and "lost" not in err
+    if lora_r:
+        goes_on_as(whole, small)
+
+
+@pytest.mark.parametrize("where", ["save", "copy", "update"])
+def test_the_last_complete_step_is_saved_whatever_is_interrupted(tiny_random, capsys, where):
+    """While step 2 is saved, while it is copied before that, and in the update of step 3."""
+    model = load_model(tiny_random)
+    add_lora(model, 4, 8)
+    parameters = list(trainable(model).values())
+    optimizer = torch.optim.AdamW(parameters, lr=0.1)
+    weights, saved = {}, []
+
+    def save(step):
+        saved.append((step, [p.detach().clone() for p in parameters]))
+
+    class Interrupting(torch.nn.Parameter):
+        def to(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    last = LastStep(model, optimizer, interrupted(save) if where == "save" else save)
+    with pytest.raises(KeyboardInterrupt), last:
+        for step in (1, 2, 3):
+            for parameter in parameters:
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+            weights[step] = [p.detach().clone() for p in parameters]
+            if where == "update" and step == 3:
+                raise KeyboardInterrupt
+            if where == "copy" and step == 3:
+                middle = optimizer.state[parameters[2]]
+                middle["exp_avg"] = Interrupting(middle["exp_avg"])
+            last.done(step)
+            if step == 2:
+                last.save(step)
+    step, values = saved[-1]
+    assert step == 2 and all(torch.equal(a, b) for a, b in zip(values, weights[2], strict=True))
+    assert "lost" not in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------ errors

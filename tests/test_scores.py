@@ -101,6 +101,41 @@ def scored(tiny_random, monkeypatch):
     return model, r
 
 
+def test_rounding_leaves_out_rows_whose_reward_is_0(scored):
+    """With truncated=zero, the scores of a cut-off response do not count."""
+    model, r = scored
+    reward, error = rewards.parse("logp"), rounding_error(model)
+    every = rewards.rounding(reward, r, error)
+    assert rewards.rounding(reward, r, error, torch.ones(16).bool()).tolist() == every.tolist()
+    assert rewards.rounding(reward, r, error, torch.zeros(16).bool()).tolist() == [0, 0]
+    kept = torch.arange(16) % 8 < 2  # two of each group were finished
+    some = rewards.rounding(reward, r, error, kept)
+    assert some[0].item() == pytest.approx(every[0].item() * (2 / 8) ** 0.5, rel=0.5)
+    # A spread between the two bounds is real, but the bound of all rows would call it flat.
+    spread = torch.zeros(16)
+    spread[8] = (some[1] + every[1]) / 2
+    assert (grpo.advantages(spread, 8, "group", every)[8:] == 0).all()
+    assert (grpo.advantages(spread, 8, "group", some)[8:] != 0).all()
+
+
+@pytest.mark.slow
+def test_a_step_leaves_cut_off_rewards_out_of_the_rounding(small, monkeypatch):
+    seen = []
+    rounding = rewards.rounding
+
+    def spy(reward, rollouts, error, rewarded=None):
+        seen.append((rewarded, rollouts.finished, rounding(reward, rollouts, error, rewarded)))
+        return seen[-1][2]
+
+    monkeypatch.setattr(rewards, "rounding", spy)
+    cfg = replace(small, steps=1, reward="logp", dtype="bfloat16")
+    train(cfg)
+    train(replace(cfg, truncated="zero", out_dir=small.out_dir + "z"))
+    (all_rows, finished, kept), (rewarded, finished_z, zeroed) = seen
+    assert all_rows.all() and (rewarded == finished_z).all() and not finished.all()
+    assert (zeroed < kept).all()
+
+
 @pytest.mark.parametrize("expression", INTRINSIC)
 def test_equal_responses_have_advantage_exactly_0(scored, expression):
     model, r = scored

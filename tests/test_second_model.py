@@ -1,5 +1,8 @@
 """The second model's scores, against transformers' own logits."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -80,6 +83,38 @@ def test_another_vocabulary_reads_the_text(shared, policy_tokenizer):
     assert responses[3] == [own.eos_token_id]
     want = by_hand(folder, [own(p.problem)["input_ids"] for p in r.problem], responses)
     assert second.mean_logp(r, 100).tolist() == pytest.approx(want, abs=1e-5)
+
+
+def test_a_small_second_model_leaves_the_threads_alone(tiny_random, policy_tokenizer):
+    try:
+        torch.set_num_threads(2)
+        SecondModel(tiny_random, policy_tokenizer, "none")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_texts_longer_than_its_positions_are_refused(
+    tiny_random, policy_tokenizer, tmp_path, capsys
+):
+    shutil.copytree(tiny_random, tmp_path / "short")
+    config = tmp_path / "short" / "config.json"
+    values = json.loads(config.read_text()) | {"max_position_embeddings": 24}
+    config.write_text(json.dumps(values))
+    second = SecondModel(str(tmp_path / "short"), policy_tokenizer, "none")
+    r = rollouts(policy_tokenizer)
+    second.check_budget(10, 14)
+    with pytest.raises(UserError, match="25 exceeds .* 24 positions of .*short"):
+        second.check_budget(10, 15)
+    longest = int((r.prompt_len + r.length).max())
+    second.positions = longest
+    second.mean_logp(r, 100)
+    second.positions = longest - 1
+    with pytest.raises(UserError, match="short"):
+        second.mean_logp(r, 100)
+    second.same = False  # another vocabulary: the budget is in other tokens
+    second.check_budget(10, longest)
+    assert "warning: cross_model" in capsys.readouterr().out
 
 
 @pytest.mark.slow

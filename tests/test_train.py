@@ -2,31 +2,26 @@
 
 import json
 import math
-from dataclasses import replace
+import re
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import comparable, run_config
+from conftest import comparable, run_config, write_state
 
 import rewards
 import train as trainer
 from data import Problem, Rollouts, partition
 from harness import configurator
-from harness.checkpoint import RunFolder
+from harness.checkpoint import FREE, RunFolder
 from harness.errors import UserError
 from harness.loading import load_model
-from harness.runfiles import read_jsonl
+from harness.runfiles import read_config, read_jsonl, save_rows, write_json
 from harness.scale import choose_scale
 from lora import add_lora, lora_layers, trainable
 from model import token_stats
-from settings import (
-    Config,
-    check,
-    early_warning,
-    hoelder_exponent,
-    learning_rate,
-)
+from settings import Config, can_clip, check, early_warning, hoelder_exponent, learning_rate
 from tasks.problems import PI_1, pick_one
 from train import train
 
@@ -183,11 +178,50 @@ def test_a_folder_with_a_run_is_refused_and_resume_says_what_changed(small, caps
         train(small)
     with pytest.raises(UserError, match="lora_r.* 4 .* 8"):
         train(replace(small, lora_r=8, resume=True))
-    train(replace(small, steps=3, clip="off", resume=True))
+    train(replace(small, steps=3, micro_batch_tokens=100, resume=True))
     out = capsys.readouterr().out
-    assert "clip was" in out and "steps was" in out
-    with pytest.raises(UserError, match="resume"):
+    assert "micro_batch_tokens was 200, from here on 100" in out and "steps was 2" in out
+    with pytest.raises(UserError, match="steps=2, .* 3 steps"):
+        train(replace(small, resume=True))
+    with pytest.raises(UserError, match="no checkpoint"):
         train(replace(small, out_dir=small.out_dir + "new", resume=True))
+
+
+@pytest.fixture
+def two_steps_done(tmp_path):
+    """A run folder with config, log and state of two steps, without weights."""
+    write_json(tmp_path / "config.json", {"config": asdict(Config(steps=4))})
+    save_rows([{"step": 1}, {"step": 2}], tmp_path / "metrics.jsonl")
+    write_state(tmp_path, 2)
+    return tmp_path
+
+
+@pytest.mark.parametrize("key", [f.name for f in fields(Config)])
+def test_resuming_refuses_another_experiment(two_steps_done, key, capsys):
+    """Every setting that is not known to be harmless, such as the reward and those of the eval."""
+    config = asdict(Config(steps=4)) | {key: 7777}
+    if key in FREE or key in ("out_dir", "resume"):
+        with RunFolder(two_steps_done, config, resume=True) as folder:
+            assert [row["step"] for row in folder.history] == [1, 2]
+        assert (key in capsys.readouterr().out) == (key in FREE)
+        assert read_config(two_steps_done)[key] == 7777
+    else:
+        with pytest.raises(UserError, match=f"{key} was"):
+            RunFolder(two_steps_done, config, resume=True)
+        assert read_config(two_steps_done) == json.loads(json.dumps(asdict(Config(steps=4))))
+
+
+def test_the_docs_name_the_settings_that_may_change_on_resume():
+    text = (configurator.PROJECT / "docs" / "TRAINING.md").read_text()
+    listed = text.partition("only these settings may change:")[2].partition(".\n")[0]
+    assert set(re.findall(r"`(\w+)`", listed)) == set(FREE)
+
+
+def test_resuming_with_fewer_steps_than_were_made_is_refused(two_steps_done):
+    with pytest.raises(UserError, match="steps=1, .* 2 steps"):
+        RunFolder(two_steps_done, asdict(Config(steps=1)), resume=True)
+    assert read_config(two_steps_done)["steps"] == 4
+    RunFolder(two_steps_done, asdict(Config(steps=2)), resume=True)
 
 
 @pytest.mark.slow
@@ -524,7 +558,7 @@ def test_early_warnings():
         assert early_warning(replace(cfg, **changes), [idle] * 10) == ""
     for steps in ([idle] * 9, [idle] * 11, [flat] * 10, [idle] * 9 + [clipped]):
         assert early_warning(cfg, steps) == ""
-    assert "gave each group one value" in early_warning(cfg, [flat] * 5)
+    assert "reward=ground_truth" in early_warning(cfg, [flat] * 5)
     assert early_warning(replace(cfg, adv_norm="raw"), [flat] * 5) == ""
     assert early_warning(cfg, [flat] * 4 + [idle]) == early_warning(cfg, []) == ""
     # If nearly every response is cut off, the warning names this cause and not the flat groups.
@@ -712,6 +746,8 @@ def test_partition_covers_every_row_once():
 
 # ------------------------------------------------------------------------------- settings, mistakes
 
+FULL = {"lora_r": 0, "quant": "none"}
+
 
 def test_learning_rate_by_hand():
     cfg = Config(steps=5, updates_per_step=4, lr=1.0, warmup=0.2)  # 20 updates, 4 of them warm
@@ -740,13 +776,19 @@ def test_the_hoelder_exponent_is_linear_over_the_run():
         ({"hoelder_p_end": 1.0}, "hoelder_p_end=1.0 has no effect"),
         ({"loss": "cispo", "clip": "off"}, "clip=off has no effect with loss=cispo, which has"),
         ({"loss": "cispo", "clip_high": 0.28}, "clip_high=0.28 has no effect with loss=cispo"),
-        ({"clip_low": 1.0}, "clip_low=1.0 has no effect as no ratio is below 0"),
-        ({"base_every": 5, "kl_coef": 0.1}, "base_every=5 has no effect: loss or reward"),
-        (
-            {"base_every": 5, "reward": "self_certainty(base)"},
-            "base_every=5 has no effect: loss or",
-        ),
-        ({"base_every": 5, "lora_r": 0, "quant": "none"}, "base_every=5 has no effect: lora_r=0"),
+        ({"clip_low": 1.0}, "clip_low=1.0 has no effect"),
+        ({"clip_low": 1.0, "clip": "low"}, "clip_low=1.0 has no effect"),
+        ({"base_every": 5, "kl_coef": 0.1}, "base_every=5 has no effect"),
+        ({"base_every": 5, "reward": "self_certainty(base)"}, "base_every=5 has no effect"),
+        ({"base_every": 5, **FULL}, "base_every=5 has no effect with lora_r=0"),
+        ({"base_every": 5, "kl_coef": 0.1, **FULL}, "base_every=5 has no effect"),
+        ({"lora_alpha": 16, **FULL}, "lora_alpha=16 has no effect with lora_r=0"),
+        ({"rollout_weights": "merged", **FULL}, "rollout_weights=merged has no effect with lora_r"),
+        ({"eval_every": 0, "eval_n": 9}, "eval_n=9 has no effect on training with eval_every=0"),
+        ({"eval_every": 0, "eval_k": 4}, "eval_k=4 has no effect on training with eval_every=0"),
+        ({"eval_every": 0, "eval_temperature": 0.5}, "eval_temperature=0.5 has no effect"),
+        ({"eval_every": 0, "eval_new_tokens": 9}, "eval_new_tokens=9 has no effect"),
+        ({"one_shot": "pi_1", "keep_duplicates": True}, "keep_duplicates=True has no effect"),
         ({"group_size": 1}, "every advantage is 0"),
         ({"clip": "off", "clip_high": 0.28}, "clip_high=0.28 has no effect"),
         ({"clip": "high", "clip_low": 0.1}, "clip_low=0.1 has no effect"),
@@ -754,14 +796,41 @@ def test_the_hoelder_exponent_is_linear_over_the_run():
         ({"eval_k": 4}, "eval_k=4 has no effect"),
         ({"optimizer": "sgd", "adam_betas": (0.9, 0.999)}, "has no effect with optimizer=sgd"),
         ({"reward": "constant(0.5)"}, "no weight moves"),
+        ({"reward": "constant(0.5)", "truncated": "mask"}, "no weight moves"),
+        ({"reward": "constant(0.5)", "kl_coef": 0.1}, "teaches nothing"),
     ],
 )
-def test_a_setting_that_cannot_act_warns_once(changes, word):
+def test_a_setting_without_effect_warns_once(changes, word):
     warnings = check(replace(Config(), **changes))
     assert sum(word in w for w in warnings) == 1 and len(warnings) == 1
     assert check(Config()) == []
     assert check(Config(group_size=1, adv_norm="raw", loss="gspo", base_every=7)) == []
-    assert check(Config(reward="constant", adv_norm="raw")) == []  # without a baseline it acts
+    # A constant reward acts without a baseline, or if cut-off responses get another reward.
+    assert check(Config(reward="constant", adv_norm="raw")) == []
+    assert check(Config(reward="constant", truncated="zero")) == []
+    # The KL moves weights whatever the reward is.
+    assert "no weight moves" not in check(Config(reward="constant", kl_coef=0.1))[0]
+
+
+@pytest.mark.parametrize(
+    "changes,clips",
+    [
+        ({}, True),
+        ({"updates_per_step": 1}, False),
+        ({"clip": "off"}, False),
+        ({"clip": "off", "loss": "cispo"}, True),
+        ({"clip": "low", "clip_low": 0.99}, True),
+        ({"clip": "low", "clip_low": 1.0}, False),
+        ({"clip": "both", "clip_low": 1.0}, True),
+        ({"clip": "high", "clip_low": 1.0}, True),
+        ({"clip": "low", "clip_low": 1.0, "loss": "cispo"}, True),
+    ],
+)
+def test_whether_anything_can_be_clipped(changes, clips):
+    cfg = Config(**changes)
+    assert can_clip(cfg) == clips
+    idle = {"flat_groups": 0.5, "clip_frac_low": 0.0, "clip_frac_high": 0.0, "grad_norm": 1.0}
+    assert bool(early_warning(cfg, [idle | {"truncated": 0.0}] * 10)) == clips
 
 
 @pytest.mark.parametrize(
@@ -774,8 +843,10 @@ def test_a_setting_that_cannot_act_warns_once(changes, word):
         ({"prompts_per_step": 1, "group_size": 4}, "updates_per_step=8"),
         ({"lora_r": 0, "quant": "nf4"}, "--quant=none"),
         ({"lora_r": 0, "quant": "none", "dtype": "bfloat16"}, "--dtype=float32"),
-        ({"temperature": 0.0}, "temperature"),
-        ({"max_new_tokens": 1000}, "max_new_tokens"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm=0.0"),
+        ({"warmup": 1.5}, "warmup=1.5"),
+        ({"max_new_tokens": 1000}, "256 positions"),
         ({"max_prompt_tokens": 2}, "max_prompt_tokens"),
         ({"reward": "formt"}, "format"),
         ({"train_data": "no/such.jsonl"}, "no/such.jsonl"),
