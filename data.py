@@ -95,6 +95,8 @@ class Rollouts:
     entropy: torch.Tensor | None = None
     self_certainty: torch.Tensor | None = None
     base_self_certainty: torch.Tensor | None = None  # the same under the base model
+    # Filled by the update if tokens are logged: logp - old_logp at the row's own update, else nan.
+    log_ratio: torch.Tensor | None = None
     # Name of a second model -> float32 [B], its mean log-likelihood of each response
     # (harness/second_model.py). Filled only if the reward needs it.
     cross_logp: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -105,7 +107,7 @@ class Rollouts:
     def __post_init__(self) -> None:
         rows, width = self.tokens.shape
         by_token = ("sampler_logp", "old_logp", "logp", "ref_logp", "entropy", "self_certainty")
-        by_token += ("base_self_certainty",)
+        by_token += ("base_self_certainty", "log_ratio")
         shapes = dict.fromkeys(("prompt_len", "length", "finished"), (rows,))
         shapes |= dict.fromkeys(by_token, (rows, int(self.length.max())))
         for name, shape in shapes.items():

@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 import grading
 import grpo
 import rewards
 from data import Rollouts
 from harness.expressions import Reward
+from harness.token_log import token_log
 from tasks import answers
 
 
@@ -132,9 +134,16 @@ def summarize_reward(value: torch.Tensor, correct: torch.Tensor, group_size: int
 
 
 def sample_log(
-    r: Rollouts, reward: torch.Tensor, advantage: torch.Tensor, n: int = 4
+    r: Rollouts,
+    reward: torch.Tensor,
+    advantage: torch.Tensor,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    n: int = 4,
 ) -> list[dict]:
-    """Choose n responses of the step for the log, evenly spread over its rows."""
+    """Choose n responses of the step for the log, evenly spread over its rows.
+
+    With a tokenizer, each has the values of its tokens too (see harness/token_log.py).
+    """
     rows = np.linspace(0, len(r.text) - 1, min(n, len(r.text))).round().astype(int).tolist()
     return [
         {
@@ -146,6 +155,8 @@ def sample_log(
             "reward": reward[i].item(),
             "advantage": advantage[i].item(),
             "correct": answers.correct([r.text[i]], [r.problem[i]])[0],
+            "finished": bool(r.finished[i]),
+            **(token_log(r, i, tokenizer) if tokenizer else {}),
         }
         for i in rows
     ]

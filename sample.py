@@ -3,14 +3,18 @@
     python sample.py --run=out/random_reward-tiny-seed0 --row=7
     python sample.py --run=out/random_reward-tiny-seed0 --question="Start: 7 add 5?" --n=3
     python sample.py --model=Qwen/Qwen2.5-Math-1.5B --question="What is 2^10?"
+    python sample.py --html=page.html out/random_reward-tiny-seed0      # a page of what was saved
+    python sample.py --html=page.html base.jsonl trained.jsonl
 
-Both columns use the same random numbers, so only training can make them differ.
+Both columns use the same random numbers, so only training can make them differ. --html samples
+nothing: it writes a page of one or two run folders or completion files (docs/PAGE.md).
 """
 
 import harness  # noqa: F401  (before torch: see harness/__init__.py)
 
 # isort: split
 
+import re
 import shutil
 import textwrap
 from dataclasses import dataclass, replace
@@ -55,6 +59,8 @@ class SampleConfig:
     seed: int = 0  # seed of the samples
     device: str = "auto"  # auto = cuda if available, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: harness/loading.py
+    # A page of what was saved, instead of new answers
+    html: str = ""  # write a page of the named run folders or completion files to this file
 
 
 def fill(cfg: SampleConfig, given: dict) -> SampleConfig:
@@ -127,7 +133,25 @@ def answer(
     return list(zip(texts, out.finished.tolist(), strict=True))
 
 
+def write_html(argv: list[str]) -> None:
+    """Handle --html=FILE, with the run folders or completion files named without a dash."""
+    options = [arg for arg in argv if arg.startswith("-") or re.match(r"\w+=", arg)]
+    named = [arg for arg in argv if arg not in options]
+    cfg, sources = configure(SampleConfig, options)
+    idle = sources.given.keys() - {"html", "run"}
+    if idle:
+        raise UserError(f"{min(idle)} has no effect with --html, which samples nothing")
+    if not cfg.run and not named:
+        raise UserError("--html: name one or two run folders or completion files")
+    from pages.write import write_page  # needed only here
+
+    write_page(cfg.html, [cfg.run, *named] if cfg.run else named)
+
+
 def main(argv: list[str]) -> None:
+    if any(re.match(r"(--)?html=.", arg) for arg in argv):
+        write_html(argv)
+        return
     cfg, sources = configure(SampleConfig, argv)
     cfg = fill(cfg, sources.given)
     if not cfg.model:

@@ -9,6 +9,7 @@ import rewards
 from grpo import AdvNorm, Clip, KLType, Loss, LossAgg
 from harness.errors import UserError
 from harness.runfiles import read_config
+from harness.trackers import Log, library
 from lora import RolloutWeights
 
 
@@ -75,6 +76,8 @@ class Config:
     eval_new_tokens: int = 0  # longest response in evals, in tokens; 0 = max_new_tokens
     base_every: int = 1  # steps between scorings by the base model, if only the log needs them
     save_every: int = 25  # steps between checkpoints; the last step is always saved; 0 = only last
+    log: Log = "none"  # send the metrics of each step to wandb or tensorboard too
+    log_tokens: bool = False  # also log entropy and log-ratio of the logged responses' tokens
     seed: int = 0  # seed of data order, sampling, partition, adapter and random rewards
     out_dir: str = ""  # run folder; "" = out/EXPERIMENT-SCALE-seedSEED
     resume: bool = False  # continue from the checkpoint in out_dir
@@ -114,6 +117,8 @@ def check(cfg: Config) -> list[str]:
         raise UserError(f"updates_per_step={cfg.updates_per_step}: a step has only {B} responses")
     if cfg.lora_r == 0 and cfg.quant != "none":
         raise UserError("lora_r=0 trains all weights, but 4-bit weights are fixed: --quant=none")
+
+    library(cfg.log)  # refuses one that is not installed
 
     warnings = []
     if cfg.group_size == 1 and cfg.adv_norm != "raw":

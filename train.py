@@ -58,6 +58,8 @@ from harness.progress import Progress
 from harness.scale import choose_scale
 from harness.second_model import SecondModel, default_second_model
 from harness.stopping import LastStep, StopOnSignal
+from harness.token_log import keep_log_ratio
+from harness.trackers import open_tracker
 from lora import adapter_off, add_lora, trainable
 from metrics import describe, describe_clip, sample_log, summary_table
 from model import TokenStats, checkpoint_activations, end_token_ids, rounding_error, token_stats
@@ -133,7 +135,8 @@ def one_step(run: Run, step: int) -> tuple[dict, list[dict]]:
         metrics |= update(model, run.optimizer, rollouts, judged.advantage, parts, cfg)
     # 6. Log.
     metrics = {"step": step, **metrics, **timings(rollouts, seconds)}
-    return metrics, ranks.on_first(sample_log, rollouts, judged.reward, judged.advantage)
+    sampled = rollouts, judged.reward, judged.advantage, run.tokenizer if cfg.log_tokens else None
+    return metrics, ranks.on_first(sample_log, *sampled)
 
 
 @dataclass
@@ -347,6 +350,8 @@ def update(
             scored = forward(model, rollouts, rows, cfg, also)
             loss, stats = loss_of(scored, rollouts, advantage, rows, normalizer, cfg, i)
             loss.backward()
+            if cfg.log_tokens:
+                keep_log_ratio(rollouts, rows, scored.logp)
             seen.append(stats)
         ranks.add([parameter.grad for parameter in parameters])
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm))
@@ -540,6 +545,7 @@ def train(cfg: Config) -> list[dict]:
             last_step.saved = done
             print(f"resumed after step {done}")
         last_step.done(done)
+        track = open_tracker(cfg.log, asdict(cfg), cfg.out_dir, history)
 
         def eval_is_due(step: int) -> bool:
             due = cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps)
@@ -565,6 +571,7 @@ def train(cfg: Config) -> list[dict]:
             if eval_is_due(step):
                 with stop.at_once():
                     run_eval(run, step)
+            track(history)
             bar.set_postfix_str(progress_line(metrics))
             if step < cfg.steps:
                 stop.check()

@@ -65,6 +65,8 @@ FREE = (
     "threads",
     "dtype",
     "watch",
+    "log",
+    "log_tokens",
 )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data import Problem, rng
+from evaluation import interop
 from grading import last_boxed
 from harness.errors import UserError
 from tasks import arithmetic
@@ -227,7 +228,8 @@ def _level(text: str) -> str:
 
 def load_completions(file: str) -> list[dict]:
     """Rows of a .jsonl of saved completions: problem, answer (str), completions (list of str) and,
-    where there are any, correct (one for each completion) and other columns.
+    where there are any, correct (one for each completion) and other columns. The file may also be
+    a sample log of lm-evaluation-harness (evaluation/interop.py).
 
     Raises UserError naming the line that is no such row.
     """
@@ -235,6 +237,8 @@ def load_completions(file: str) -> list[dict]:
         lines = Path(file).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--completions={file}: cannot be read as text: {error}") from error
+    if interop.is_lm_eval(lines[0]):
+        return interop.read_lm_eval(file)
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

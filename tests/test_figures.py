@@ -1,19 +1,21 @@
 """Arms, plots and the papers' figures: grouping, errors and counts by hand, on made-up runs."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
 
+from harness.configurator import PROJECT
 from harness.errors import UserError
 from harness.runfiles import save_rows
 from tools import figures, plot
 from tools.parts.arms import Arm, load_arms
 from tools.parts.panels import draw_metrics
 from tools.parts.published import GAIN, PUBLISHED
-from tools.parts.style import BLUE, CLIP_COLOURS, PINK, REWARD_COLOURS, arm_styles
+from tools.parts.style import BLUE, CLIP_COLOURS, PINK, REWARD_STYLES, arm_styles
 from tools.parts.tables import FEW_SEEDS, markdown_table
 from tools.parts.transitions import CLASSES, count_transitions
 
@@ -174,18 +176,19 @@ def colours(*configs):
     return [style["color"] for style in arm_styles(arms)]
 
 
-def test_a_reward_has_the_same_colour_in_every_figure():
-    names = ["format", "length", "ground_truth", "random(0.5)", "python"]
-    for order in (names, names[::-1], names[2:]):
-        found = colours(*({"reward": name} for name in order))
-        assert len(set(found)) == len(order)
-        for name, colour in zip(order, found, strict=True):
-            assert name == "length" or colour == REWARD_COLOURS[name]
-    assert colours({"reward": "random"}, {"reward": "format"}) == [
-        REWARD_COLOURS["random(0.5)"],
-        REWARD_COLOURS["format"],
-    ]
-    assert colours({"reward": "format"}) == [REWARD_COLOURS["format"]]
+def test_a_reward_looks_the_same_in_every_figure():
+    """Every reward of config/, whatever stands beside it; `constant` alone has no fixed style."""
+    files = sorted((PROJECT / "config").glob("*.py"))
+    rewards = {re.search(r'^reward = "(.*)"', file.read_text(), re.MULTILINE) for file in files}
+    rewards = sorted({found[1] for found in rewards if found} - {"constant"})
+    assert len({REWARD_STYLES[reward] for reward in rewards}) == len(rewards) > 15
+    for order in (rewards, rewards[::-1], [*rewards[3:8], "other"], ["constant", *rewards[:3]]):
+        found = arm_styles([Arm("", [], [], {"clip": "both", "reward": name}) for name in order])
+        looks = [(style["color"], style["linestyle"]) for style in found]
+        assert len(set(looks)) == len(order)
+        for name, look in zip(order, looks, strict=True):
+            assert REWARD_STYLES.get(name, look) == look
+    assert REWARD_STYLES["random"] == REWARD_STYLES["random(0.5)"]
 
 
 def test_arms_of_one_reward_are_coloured_by_their_clip():

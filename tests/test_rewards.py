@@ -394,7 +394,7 @@ def test_the_readmes_reward_in_a_copy_of_the_project(tmp_path, tiny_random):
     readme = (PROJECT / "README.md").read_text()
     block = readme.partition("# rewards.py\n")[2].partition("```")[0]
     assert block.startswith("@reward(")
-    for package in (".", "grading", "decoding", "harness", "tasks"):
+    for package in (".", "grading", "decoding", "harness", "tasks", "evaluation"):
         (tmp_path / package).mkdir(exist_ok=True)
         for path in (PROJECT / package).glob("*.py"):
             shutil.copy(path, tmp_path / package)

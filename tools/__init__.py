@@ -5,6 +5,8 @@
     plot       draw the metrics of runs that you name
     figures    draw the figures of the papers from your runs
     clip_bias  measure the bias of the clip on a table of logits
+    merge      write a run's base model with its adapter merged in
+    export     write completions as a sample log of lm-evaluation-harness
     rewards    list the rewards, or score saved completions with them
     bench      time the phases of a step, alone or against transformers and TRL
     noise      measure how far rounding alone moves a model's ratios

@@ -26,7 +26,7 @@ the effect of the coins largely cancels.
 On a cluster, each task of a Slurm job array runs one seed, and they share OUT:
 
     sbatch --array=0-7 --gres=gpu:1 --wrap "python -m tools.sweep config/random_reward.py \\
-        --clip=both,off --seeds=8 --out=out/clip --task=\$SLURM_ARRAY_TASK_ID"
+        --clip=both,off --seeds=8 --out=out/clip --task=\\$SLURM_ARRAY_TASK_ID"
 
 --task=I runs the arms at seed first_seed + I alone and writes no report. The same command, or
 --only_report=True, reports on all seeds once they are there.
@@ -34,7 +34,9 @@ On a cluster, each task of a Slurm job array runs one seed, and they share OUT:
 
 import itertools
 import json
+import os
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -173,7 +175,9 @@ def main(argv: list[str]) -> None:
         for folder, job in {job.folder.parent: job for job in jobs}.items():
             load_sweep_arm(folder, as_saved(job.config))  # also checks runs of further seeds
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
-        write_json(Path(cfg.out) / "sweep.json", {"arms": arms, "argv": argv})
+        with tempfile.TemporaryDirectory(dir=cfg.out) as own:  # several tasks may write at once
+            write_json(Path(own) / "sweep.json", {"arms": arms, "argv": argv})
+            os.replace(Path(own) / "sweep.json", Path(cfg.out) / "sweep.json")
         run_all(jobs, at_once, Path(cfg.out))
         if cfg.task >= 0:
             print(f"report, once all tasks are done: --only_report=True --out={cfg.out}")

@@ -22,15 +22,31 @@ COLOURS = (BLUE, VERMILION, GREEN, PINK, SKY, ORANGE, BLACK)
 LINE_STYLES = ("-", "--", ":")
 MARKERS = "osD^vPX"
 
-# A reward has the same colour in every figure.
-REWARD_COLOURS = {
-    "ground_truth": BLUE,
-    "random(0.5)": VERMILION,
-    "random": VERMILION,  # the same reward: 0.5 is its default
-    "format": GREEN,
-    "python": PINK,
-    "majority": SKY,
-    "incorrect": ORANGE,
+# A reward looks the same in every figure: colour and line style of each reward in config/, but for
+# `constant`, which moves nothing. Variants of a reward share its colour.
+REWARD_STYLES = {
+    "ground_truth": (BLUE, "-"),
+    "ground_truth & ~python": (BLUE, "--"),
+    "cross_model": (BLUE, ":"),
+    "random(0.5)": (VERMILION, "-"),
+    "random": (VERMILION, "-"),  # the same reward: 0.5 is its default
+    "length": (VERMILION, "--"),
+    "no_repetition": (VERMILION, ":"),
+    "format": (GREEN, "-"),
+    "format & ~python": (GREEN, "--"),
+    "semantic_entropy": (GREEN, ":"),
+    "python": (PINK, "-"),
+    "logp(mean)": (PINK, "--"),
+    "logp(sum)": (PINK, ":"),
+    "majority": (SKY, "-"),
+    "majority(online)": (SKY, "--"),
+    "soft_majority": (SKY, ":"),
+    "incorrect": (ORANGE, "-"),
+    "incorrect & ~python": (ORANGE, "--"),
+    "neg_entropy(sum)": (ORANGE, ":"),
+    "self_certainty": (BLACK, "-"),
+    "self_certainty(base)": (BLACK, "--"),
+    "neg_entropy(mean, no_answer=-7)": (BLACK, ":"),
 }
 # If all arms have the same reward, the clip decides. tools.clip_bias uses the same colours.
 CLIP_COLOURS = {"both": BLUE, "high": VERMILION, "low": GREEN, "off": PINK}
@@ -45,28 +61,24 @@ def series_style(number: int) -> dict:
 def arm_styles(arms: Sequence[Arm]) -> list[dict]:
     """Colour and line style of each arm, no two alike (up to 21 arms).
 
-    The first arm of a reward, or of a clip, takes its fixed colour. All others take the colours
-    that are left.
+    The first arm of a reward, or of a clip, takes its fixed style. All others take the styles that
+    are left.
     """
     rewards = [arm.config.get("reward") for arm in arms]
     clips = [arm.config.get("clip") for arm in arms]
     if len(set(rewards)) == 1 and len(set(clips)) > 1:
-        fixed, values = CLIP_COLOURS, clips
+        wanted = [(CLIP_COLOURS[clip], "-") if clip in CLIP_COLOURS else None for clip in clips]
     else:
-        fixed, values = REWARD_COLOURS, rewards
-    wanted = [fixed.get(value) for value in values]
-    # Colours without a fixed meaning come first.
-    order = sorted(COLOURS, key=lambda colour: colour in fixed.values())
-    pairs = [(colour, line) for line in LINE_STYLES for colour in order]
-    left = itertools.cycle(pair for pair in pairs if pair[1] != "-" or pair[0] not in wanted)
+        wanted = [REWARD_STYLES.get(reward) for reward in rewards]
+    order = (BLACK, *(colour for colour in COLOURS if colour != BLACK))
+    free = [(colour, line) for line in LINE_STYLES for colour in order]
+    left = itertools.cycle([pair for pair in free if pair not in wanted] or free)
     styles, used = [], set()
-    for colour in wanted:
-        if colour is None or colour in used:
-            colour, line = next(left)
-        else:
-            used.add(colour)
-            line = "-"
-        styles.append({"color": colour, "linestyle": line})
+    for pair in wanted:
+        if pair is None or pair in used:
+            pair = next(left)
+        used.add(pair)
+        styles.append({"color": pair[0], "linestyle": pair[1]})
     return styles
 
 
