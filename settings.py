@@ -63,8 +63,8 @@ class Config:
     max_grad_norm: float = 1.0  # a gradient with a larger norm is scaled down to this norm
     # Memory and machine
     micro_batch_tokens: int = 8192  # padded prompt + response tokens per forward and backward
-    rollout_rows: int = 128  # responses decoded at once; this bounds the KV cache
-    rollout_weights: RolloutWeights = "auto"  # merged: a copy of W + BA, faster; auto: if it fits
+    rollout_rows: int = 128  # most responses decoded at once; this bounds the KV cache
+    rollout_weights: RolloutWeights = "auto"  # merged: a copy of W + BA; auto: by memory and speed
     device: str = "auto"  # auto = cuda if available, else cpu
     threads: int = 0  # torch threads on the CPU; 0 = 1 below 2 M parameters, else all cores
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: harness/loading.py
@@ -238,15 +238,17 @@ def _nothing_clipped(cfg: Config, steps: list[dict]) -> str:
 def keep_settled(cfg: Config) -> Config:
     """Return a copy of cfg. A resumed run keeps what rollout_weights=auto chose at its start.
 
-    Merged and adapter weights differ by rounding. A different choice (for example because other
-    work now uses the GPU's memory) would change the samples.
+    Other weights or rows differ by rounding. A different choice (for example because other work now
+    uses the GPU's memory) would change the samples. Fewer rows may still be asked for.
     """
     there = (Path(cfg.out_dir) / "config.json").is_file()  # otherwise RunFolder reports it
     if cfg.resume and there and cfg.rollout_weights == "auto" and cfg.lora_r:
-        saved = read_config(cfg.out_dir).get(
-            "rollout_weights", "adapter"
-        )  # older runs had no other
-        return replace(cfg, rollout_weights=saved)
+        saved = read_config(cfg.out_dir)
+        weights = saved.get("rollout_weights", "adapter")  # older runs had only this
+        rows = min(cfg.rollout_rows, saved.get("rollout_rows", cfg.rollout_rows))
+        if rows < cfg.rollout_rows:
+            print(f"resume: rollout_rows stays {rows}, as chosen with rollout_weights=auto")
+        return replace(cfg, rollout_weights=weights, rollout_rows=rows)
     return replace(cfg)
 
 

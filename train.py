@@ -53,7 +53,8 @@ from harness.configurator import configure, format_config
 from harness.errors import UserError, run
 from harness.expressions import Reward
 from harness.loading import check_positions, choose_device, load_model, load_tokenizer
-from harness.memory import DecodeWeights, decode_with, peak_memory, phase, settle
+from harness.memory import decode_with, peak_memory, phase, reserved_memory, settle
+from harness.plan import DecodeWeights
 from harness.progress import Progress
 from harness.scale import choose_scale
 from harness.second_model import SecondModel, default_second_model
@@ -401,12 +402,13 @@ def clip_noise(
 
 
 def timings(rollouts: Rollouts, seconds: dict[str, float]) -> dict:
-    """The sampling speed, the seconds of each phase, and the peak memory so far."""
+    """The sampling speed, the seconds of each phase, and the most memory used and held so far."""
     return {
         "tokens_per_s": rollouts.length.sum().item() / seconds["sample"],
         "seconds": sum(seconds.values()),
         **{f"seconds_{name}": value for name, value in seconds.items()},
         "peak_memory_gb": peak_memory(),
+        "reserved_memory_gb": reserved_memory(),  # None on the CPU
     }
 
 

@@ -247,9 +247,12 @@ def _attention(module, query, key, value, mask, scaling=None, **kwargs):
     """Attention of one new token per row: [n, heads, 1, D] over [n, kv_heads, S, D].
 
     With grouped-query attention, query heads that share a key head are viewed as query rows, so
-    keys and values are not repeated. Longer queries (prefill) use the function of transformers.
+    keys and values are not repeated. Longer queries (prefill) use the function of transformers, or
+    expanded_attention in fp32 on CUDA.
     """
     if query.shape[2] > 1:
+        if query.is_cuda and query.dtype == torch.float32:
+            return expanded_attention(module, query, key, value, mask, scaling=scaling)
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
     n, heads, _, D = query.shape
     query = query.reshape(n, key.shape[1], heads // key.shape[1], D)
@@ -257,7 +260,22 @@ def _attention(module, query, key, value, mask, scaling=None, **kwargs):
     return out.reshape(n, 1, heads, D), None
 
 
+def expanded_attention(module, query, key, value, mask, scaling=None, **kwargs):
+    """Causal attention [n, heads, T, D] for fp32 on CUDA, in prefill, scoring and update.
+
+    Keys and values are repeated for each query head. Flash attention takes no fp32 and the
+    memory-efficient kernel takes no grouped heads, so otherwise all T x T scores would be held. No
+    mask is needed, since padding is on the right.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    out = F.scaled_dot_product_attention(query, key, value, scale=scaling, is_causal=True)
+    return out.transpose(1, 2).contiguous(), None
+
+
+EXPANDED_ATTENTION = "nanorlvr_expanded"
 AttentionInterface.register("nanorlvr_decode", _attention)
+AttentionInterface.register(EXPANDED_ATTENTION, expanded_attention)
 
 
 @contextmanager

@@ -14,7 +14,6 @@ file. A step writes its log first, then the state, then adapter/ or model/, and 
 crash interrupts this, resuming repairs it.
 """
 
-import fcntl
 import itertools
 import json
 import os
@@ -31,6 +30,7 @@ from transformers import PreTrainedTokenizerBase
 
 from harness.adapters import save_adapter, save_tensors
 from harness.errors import UserError
+from harness.locks import lock
 from harness.runfiles import (
     RECORD,
     STATE,
@@ -85,7 +85,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"out_dir={folder}: cannot be written: {error.strerror}") from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._lock)
         except OSError as error:
             raise UserError(f"out_dir={folder}: another process is running in it") from error
         self.history: list[dict] = []  # the rows of metrics.jsonl

@@ -6,10 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import (
-    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -17,6 +15,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from decoding.kvcache import EXPANDED_ATTENTION
 from harness import gguf
 from harness.errors import UserError
 from model import backbone, head, logits
@@ -188,24 +187,6 @@ def _refuse_incomplete(name: str, info: dict) -> None:
                 f"model {name!r}: {what} the weights {sorted(keys)[0]}{more}: the folder is "
                 "incomplete, or its config.json belongs to another model"
             )
-
-
-EXPANDED_ATTENTION = "nanorlvr_expanded"
-
-
-def _expanded_attention(module, query, key, value, mask, scaling=None, **kwargs):
-    """Causal attention [n, heads, T, D] in fp32 on CUDA, with keys and values repeated per head.
-
-    Flash attention has no fp32, and the memory-efficient kernel has no grouped heads. Without the
-    repetition PyTorch would store all T x T scores. No mask is needed: padding is on the right.
-    """
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    out = F.scaled_dot_product_attention(query, key, value, scale=scaling, is_causal=True)
-    return out.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(EXPANDED_ATTENTION, _expanded_attention)
 
 
 @contextmanager

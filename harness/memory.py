@@ -1,37 +1,27 @@
-"""Memory: planned in GB before training, tried at its worst, and what happens where it runs out."""
+"""Print the memory plan before training, try the worst case, and report which setting to change
+when memory runs out."""
 
-import math
-import os
 import resource
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from engine import PREFILL_TOKENS, TRAIN_NOISE, decode_setup, drop_slots, generate
 from harness.errors import UserError
-from harness.loading import EXPANDED_ATTENTION
-from lora import computation_dtype, lora_layers, merged, trainable
-from model import LOGITS_CHUNK, head, token_stats
+from harness.plan import DecodeWeights, decoded_tokens, largest_micro_batch, plan_run
+from lora import merged, trainable
+from model import token_stats
 from settings import Config
-
-# What decoding multiplies by: a merged copy that stays, one that is dropped after each use, or the
-# base and its adapter as they are.
-DecodeWeights = Literal["kept", "freed", "adapter"]
-# Share of the device that may be planned for: the CUDA context, the libraries' workspaces and what
-# the allocator cannot use for want of a hole large enough take the rest.
-USABLE = 0.9
 
 
 @contextmanager
 def decode_with(model: nn.Module, how: DecodeWeights) -> Iterator[None]:
-    """Inside, decoding goes by these weights (lora.merged)."""
+    """Decode with these weights inside this context (see lora.merged)."""
     try:
         with nullcontext() if how == "adapter" else merged(model, free=how == "freed"):
             yield
@@ -43,289 +33,86 @@ def decode_with(model: nn.Module, how: DecodeWeights) -> Iterator[None]:
             drop_slots(model)
 
 
-# ---------------------------------------------------------------------------------------- the plan
-
-
-@dataclass
-class Plan:
-    """Bytes by part, and what the device has."""
-
-    weights: int  # of every model, as stored
-    trained: int  # adapter or all weights, gradients and AdamW's two moments: 4 x 4 bytes each
-    merged: int  # copy of the adapted layers in the computation's type
-    cache: int  # keys and values of rollout_rows rows filled to the end
-    activations: int  # of the largest micro-batch, as the run has them
-    activations_else: int  # with gradient checkpointing on instead of off, or off instead of on
-    logits: int  # one chunk of the head, forward and backward
-    decode_step: int  # logits and distributions of a decoding step
-    prefill: int  # keys and values of PREFILL_TOKENS, and one layer at work
-    device: int
-    tokens: int  # of the largest micro-batch
-    rows: int  # rollout_rows
-    checkpointing: bool
-
-    def need(self, how: DecodeWeights) -> int:
-        """Bytes in use at once. The cache, and what graphs over it compute, stays through the
-        update; freeing the copy frees it, too. A prefill and an update never coexist."""
-        resident = self.weights + self.trained
-        rollout = self.cache + self.decode_step
-        update = self.activations + self.logits
-        if how == "freed":
-            return resident + max(self.merged + rollout + self.prefill, update)
-        merged = self.merged if how == "kept" else 0
-        return resident + merged + rollout + max(self.prefill, update)
-
-    def choose(self, wanted: str) -> tuple[DecodeWeights, str]:
-        """How decoding holds its weights, and why. wanted: auto, merged, adapter."""
-        limit = USABLE * self.device
-        if self.merged == 0:
-            return "adapter", "the weights themselves: lora_r=0 leaves nothing to merge"
-        if wanted == "adapter":
-            return "adapter", "base and adapter, as asked"
-        if self.need("kept") <= limit:
-            return "kept", "a merged copy, which fits beside everything else"
-        if self.need("freed") <= limit or wanted == "merged":
-            return "freed", "a merged copy, freed after use: no room for it beside the update"
-        return "adapter", (
-            f"base and adapter: a merged copy wants {_gb(self.need('freed'))} GB "
-            f"of {_gb(limit)} while sampling (--rollout_rows)"
-        )
-
-    def table(self, how: DecodeWeights) -> str:
-        """One line a part, in GB."""
-        state = ("without", "with") if self.checkpointing else ("with", "without")
-        gone = {"kept": "", "freed": ", freed before the update", "adapter": " (not used)"}
-        parts = [
-            (self.weights, "weights as stored"),
-            (
-                self.trained,
-                f"{self.trained // 16:,} trained weights, gradients, AdamW's moments",
-            ),
-            (self.merged, f"merged rollout copy{gone[how]}"),
-            (self.cache, f"KV cache of {self.rows} rows"),
-            (self.decode_step, "a decoding step"),
-            (self.prefill, "a prefill, which is over before the update"),
-            (
-                self.activations,
-                f"activations of {self.tokens} tokens, about ({state[0]} gradient checkpointing: "
-                f"{_gb(self.activations_else)})",
-            ),
-            (self.logits, "chunk of logits, forward and backward"),
-            (self.need(how), f"at once, of {_gb(self.device)} free"),
-        ]
-        return "\n".join(["memory planned, GB:", *(f"{_gb(n):>9}  {text}" for n, text in parts)])
-
-
-def _gb(n: float) -> str:
-    return f"{n / 1e9:.3g}"
-
-
-def plan(
-    models: list[nn.Module],
-    tokens: int,
-    total_tokens: int,
-    rollout_rows: int,
-    checkpointing: bool,
-) -> Plan:
-    """Plan from the models themselves, the trained one first.
-
-    tokens: padded tokens of the largest micro-batch; total_tokens: of a row, prompt and response;
-    checkpointing: whether activations are recomputed in backward.
-    """
-    model = models[0]
-    c, layers = model.config, lora_layers(model).values()
-    weights = {id(p): stored_bytes(p) for m in models for p in m.parameters()}
-    numel = sum(p.numel() for p in trainable(model).values())
-    weights_bytes = sum(weights.values()) - 4 * numel  # counted among the trained
-    s = model.dtype.itemsize
-    # Kept for backward, by token and layer, in elements of s bytes: the two normed inputs 2 H, the
-    # query, the attention's output and its copy 3 Q, key and value 2 K, the gate, its SiLU, the up
-    # projection and their product 4 I, the adapter's low products 7 r; and in fp32 the inputs of
-    # the two norms. Beside them, while one layer's backward runs, gradients of 2 I. With
-    # checkpointing only each layer's input H is kept, and the rest of one layer at a time.
-    H, n_layers = c.hidden_size, c.num_hidden_layers
-    inner = getattr(c, "intermediate_size", None) or 4 * H
-    Q, K = c.num_attention_heads * _head_dim(c), _kv_heads(c) * _head_dim(c)
-    r = next((layer.r for layer in layers), 0)
-    layer_bytes = s * (2 * H + 3 * Q + 2 * K + 4 * inner + 7 * r) + 4 * 2 * H
-    if c._attn_implementation == EXPANDED_ATTENTION:
-        layer_bytes += s * 2 * Q
-    gradients = s * 2 * inner
-    kept = tokens * (n_layers * layer_bytes + gradients)
-    recomputed = tokens * (n_layers * s * H + layer_bytes + gradients)
-    # Logits of a chunk: five times in fp32, themselves and in backward the shares of logsumexp and
-    # of the gathered token, and their gradient once in the weights' type. Of a decoding step, in
-    # fp32: as the head gives them, over the temperature, and as probabilities. A prefill holds keys
-    # and values, and one layer.
-    V = head(model).weight.shape[0]
-    per_logit = s + 5 * 4
-    chunk = min(max(1, LOGITS_CHUNK // V), tokens)
-    return Plan(
-        weights=weights_bytes,
-        trained=4 * 4 * numel,
-        merged=sum(
-            x.base.in_features * x.base.out_features * computation_dtype(x.base).itemsize
-            for x in layers
-        ),
-        cache=rollout_rows * total_tokens * _cache_elements(c) * s,
-        activations=recomputed if checkpointing else kept,
-        activations_else=kept if checkpointing else recomputed,
-        logits=chunk * V * per_logit,
-        decode_step=rollout_rows * V * 3 * 4,
-        prefill=min(PREFILL_TOKENS, rollout_rows * total_tokens)
-        * (_cache_elements(c) * s + layer_bytes),
-        device=device_memory(next(model.parameters()).device),
-        tokens=tokens,
-        rows=rollout_rows,
-        checkpointing=checkpointing,
-    )
-
-
-def stored_bytes(parameter: nn.Parameter) -> int:
-    """Bytes of a parameter: a 4-bit one as packed, with the scales of its blocks."""
-    total = parameter.numel() * parameter.element_size()
-    state = getattr(parameter, "quant_state", None)
-    while state is not None:  # double quantisation: the scales have a state of their own
-        tensors = (state.absmax, state.code, state.offset)
-        total += sum(t.numel() * t.element_size() for t in tensors if torch.is_tensor(t))
-        state = state.state2
-    return total
-
-
-def _head_dim(config) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _kv_heads(config) -> int:
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-
-
-def _cache_elements(config) -> int:
-    """Elements of the KV cache a token."""
-    return 2 * config.num_hidden_layers * _kv_heads(config) * _head_dim(config)
-
-
-def device_memory(device: torch.device) -> int:
-    """Bytes that this process may have: of the GPU what it holds and what is free, since a desktop
-    and other processes hold the rest; else of the machine, or what is allowed of it."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device)
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    soft = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if soft != resource.RLIM_INFINITY:
-        limits.append(soft)
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of the container, v2 and v1
-        file = Path("/sys/fs/cgroup") / name
-        text = file.read_text().strip() if file.is_file() else "max"
-        limits.extend([int(text)] if text.isdigit() else [])
-    return min(limits)
+# ---------------------------------------------------------------------------------- the worst case
 
 
 def settle(models: list[nn.Module], cfg: Config) -> DecodeWeights:
-    """Print the plan, choose how decoding holds its weights, and try the worst case.
+    """Print the plan, choose the weights and rows of decoding, and try the worst case.
 
-    models: all that are loaded, the trained one first. Writes what was settled to
-    cfg.micro_batch_tokens and cfg.rollout_weights. Raises UserError where the run cannot fit.
+    models: all that are loaded, the trained one first. Writes the settled rollout_rows,
+    rollout_weights and micro_batch_tokens to cfg. Raises UserError where the run cannot fit.
     """
-    rows_in_update = math.ceil(cfg.prompts_per_step * cfg.group_size / cfg.updates_per_step)
-    lengths = (cfg.max_prompt_tokens, cfg.max_new_tokens)
-    rows, T = largest_micro_batch(cfg.micro_batch_tokens, rows_in_update, *lengths)
-    decoded = cfg.max_prompt_tokens + max(cfg.max_new_tokens, cfg.eval_new_tokens)
-    decode_setup(models[0]).longest_prompt = cfg.max_prompt_tokens
-    planned = plan(models, rows * T, decoded, cfg.rollout_rows, cfg.gradient_checkpointing)
-    how, reason = planned.choose(cfg.rollout_weights)
-    print(planned.table(how))
+    planned = plan_run(models, cfg)
+    how, rows, reason = planned.choose(cfg.rollout_weights)
+    print(planned.table(how, rows))
     print(f"rollout weights: {reason}")
-    cfg.micro_batch_tokens = worst_case(
-        models[0], cfg.micro_batch_tokens, rows_in_update, *lengths, cfg.rollout_rows, how, decoded
-    )
+    _lower(cfg, "rollout_rows", rows)
+    worst_case(models[0], cfg, how)
     if cfg.lora_r:
         cfg.rollout_weights = "adapter" if how == "adapter" else "merged"
     return how
 
 
-# ---------------------------------------------------------------------------------- the worst case
+def _lower(cfg: Config, key: str, value: int) -> None:
+    """Set a setting to what memory allows, and print the change if there is one."""
+    if value != getattr(cfg, key):
+        print(f"{key} was {getattr(cfg, key)}, now {value}: the memory holds no more")
+        setattr(cfg, key, value)
 
 
-def largest_micro_batch(
-    micro_batch_tokens: int, rows_in_update: int, max_prompt_tokens: int, max_new_tokens: int
-) -> tuple[int, int]:
-    """(rows, tokens a row) of the most padded tokens that data.partition can put together.
+def worst_case(model: nn.Module, cfg: Config, how: DecodeWeights = "adapter") -> None:
+    """Try decoding, then the largest micro-batch, which is halved until it fits.
 
-    Longest rows seldom fill micro_batch_tokens exactly; one more row, all a little shorter, does.
+    Decoding means one prefill and one step of rollout_rows rows over a full cache, beside AdamW's
+    moments. Decoding is tried only where the cache is static, because a growing cache is small at
+    first. If memory runs out, it does so here. Writes the settled micro_batch_tokens to cfg and
+    prints it and the peak. Raises UserError, naming the settings, where rollouts or one row do not
+    fit.
     """
-    longest = max_prompt_tokens + max_new_tokens
-    rows = max(1, min(math.ceil(micro_batch_tokens / longest), rows_in_update))
-    return rows, longest if rows == 1 else min(longest, micro_batch_tokens // rows)
-
-
-def worst_case(
-    model: nn.Module,
-    micro_batch_tokens: int,
-    rows_in_update: int,
-    max_prompt_tokens: int,
-    max_new_tokens: int,
-    rollout_rows: int,
-    how: DecodeWeights = "adapter",
-    decoded: int = 0,
-) -> int:
-    """Settle micro_batch_tokens: try the largest micro-batch, forward and backward beside AdamW's
-    moments, and halve it until it fits; first, with the rollout weights, one prefill and one
-    decoding step over a full KV cache.
-
-    decoded: tokens of the longest row in the cache, where they are more than those of an update.
-    Decoding is tried where the cache is static: a growing one is small at first. Memory then fails
-    here, or never. Says in a line what was settled and what the peak was;
-    UserError, which names the knobs, where rollouts or one row do not fit.
-    """
-    lengths = (max_prompt_tokens, max_new_tokens)
-    longest = sum(lengths)
-    columns = max(longest, decoded)
+    columns = decoded_tokens(cfg)
+    setup = decode_setup(model)
+    setup.longest_prompt = cfg.max_prompt_tokens
     try:
         moments = [torch.empty_like(p) for p in trainable(model).values() for _ in range(2)]
         with decode_with(model, how):
-            if decode_setup(model).static:  # slots, cache and graph stay, unless freed
-                _decode_once(model, max_prompt_tokens, columns, rollout_rows)
+            if setup.static:  # slots, cache and graph stay, unless how is freed
+                _decode_once(model, cfg.max_prompt_tokens, columns, cfg.rollout_rows)
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"out of GPU memory on decoding {rollout_rows} rows x {columns} tokens: lower "
+            f"out of GPU memory on decoding {cfg.rollout_rows} rows x {columns} tokens: lower "
             "--rollout_rows or --max_new_tokens, or use --rollout_weights=adapter or --quant=nf4"
         ) from error
-    settled = micro_batch_tokens
-    while True:
-        rows, T = largest_micro_batch(settled, rows_in_update, *lengths)
-        if _fits(model, rows, T, max_new_tokens):
-            break
+    tried = replace(cfg)
+    rows, T = largest_micro_batch(tried)
+    while not _fits(model, rows, T, cfg.max_new_tokens):
         if rows == 1:
             raise UserError(
                 f"out of GPU memory on a micro-batch of one row, {T} tokens: lower "
                 "--max_new_tokens or --max_prompt_tokens, or use --quant=nf4 and "
                 "--gradient_checkpointing=True"
             )
-        settled = max(rows * T // 2, longest)
-    if settled != micro_batch_tokens:
-        print(f"micro_batch_tokens was {micro_batch_tokens}, now {settled}: the GPU holds no more")
+        longest = cfg.max_prompt_tokens + cfg.max_new_tokens
+        tried.micro_batch_tokens = max(rows * T // 2, longest)
+        rows, T = largest_micro_batch(tried)
+    _lower(cfg, "micro_batch_tokens", tried.micro_batch_tokens)
     del moments
     drop_slots(model)
-    print(
-        f"largest micro-batch: {rows} x {T} tokens, peak memory {peak_memory():.2f} GB{reserved()}"
-    )
-    return settled
+    held = reserved_memory()
+    more = "" if held is None else f", {held:.2f} GB reserved"
+    print(f"largest micro-batch: {rows} x {T} tokens, peak memory {peak_memory():.2f} GB{more}")
 
 
 def _decode_once(model: nn.Module, prompt_tokens: int, columns: int, rows: int) -> None:
     """A prefill of PREFILL_TOKENS and a decoding step of all rows, with room for columns tokens."""
     n = min(rows, max(1, PREFILL_TOKENS // prompt_tokens))
-    prompts, group = [[0] * prompt_tokens] * n, -(-rows // n)
-    no_end = [-1]  # cannot be sampled
+    group = -(-rows // n)
     generate(
         model,
-        prompts,
+        [[0] * prompt_tokens] * n,
         group,
         columns - prompt_tokens,
-        no_end,
-        (TRAIN_NOISE,),
+        end_ids=[-1],  # cannot be sampled
+        noise=(TRAIN_NOISE,),
         max_rows=rows,
         budgets=[2] * (n * group),
     )
@@ -347,7 +134,8 @@ def _fits(model: nn.Module, rows: int, T: int, max_new_tokens: int) -> bool:
 
 # -------------------------------------------------------------------------------- where it runs out
 
-KNOBS = {
+# The settings to lower if memory runs out in a phase of a step.
+SETTINGS = {
     "sample": "--rollout_rows or --max_new_tokens",
     "score": "--micro_batch_tokens",
     "reward": "--prompts_per_step",
@@ -357,31 +145,34 @@ KNOBS = {
 
 
 class OutOfMemory(UserError):
-    """Memory ran out in a phase of a step; the message names the knob to turn."""
+    """Memory ran out in a phase of a step. The message names the setting to lower."""
 
 
 @contextmanager
 def phase(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
-    """One of KNOBS: what it took goes to seconds[name]; OutOfMemory where memory runs out in it."""
+    """Run one of SETTINGS' phases and put its duration into seconds[name].
+
+    Raises OutOfMemory if memory runs out in it.
+    """
     start = time.perf_counter()
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise OutOfMemory(f"out of GPU memory in phase {name!r}: lower {KNOBS[name]}") from error
+        what = f"out of GPU memory in phase {name!r}: lower {SETTINGS[name]}"
+        raise OutOfMemory(what) from error
     if seconds is not None:
         seconds[name] = time.perf_counter() - start
 
 
 def peak_memory() -> float:
-    """GB at most in use so far: the GPU's where this process has used one, else the process's."""
+    """GB at most in use so far: the GPU's if this process has used one, else the process's."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 1e9
     scale = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9
 
 
-def reserved() -> str:
-    """What the GPU's allocator holds beyond tensors, as the end of a line; else nothing."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_reserved():
-        return f", {torch.cuda.max_memory_reserved() / 1e9:.2f} reserved"
-    return ""
+def reserved_memory() -> float | None:
+    """GB that the GPU's allocator held at most, tensors and holes; None if no GPU was used."""
+    held = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
+    return held / 1e9 if held else None

@@ -4,7 +4,6 @@ They are stored in FILE.progress until FILE is written as a whole. Its first lin
 that the results depend on. Each further line holds a result.
 """
 
-import fcntl
 import hashlib
 import json
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from torch import float64, nn
 
 from harness.errors import UserError
+from harness.locks import lock
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -38,7 +38,7 @@ class ProgressFile:
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._file)
         except OSError as error:
             self.close()
             raise UserError(f"{self.path}: another process is writing it") from error

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig
 
 from harness.configurator import configure
-from harness.memory import USABLE, device_memory
+from harness.plan import USABLE, device_memory
 from harness.runfiles import read_config
 from harness.shapes import planned
 from settings import Config
@@ -33,20 +33,18 @@ def choose_scale(given: dict) -> tuple[str | dict, str]:
     if not _within_reach(model):
         return small, f"{model} is not on disk and no hub can be reached; {how}"
     free, need = _free_and_needed(big, given)
-    if need > free:
-        return (
-            small,
-            f"{big} needs {need / 1e9:.1f} GB, the GPU has {free / 1e9:.1f} GB for it; {how}",
-        )
-    return big, f"it needs {need / 1e9:.1f} GB of {free / 1e9:.1f} on the GPU; {how}"
+    sizes = f"{big} needs {need / 1e9:.1f} GB, and the GPU has {free / 1e9:.1f} for it"
+    return small if need > free else big, f"{sizes}; {how}"
 
 
 def _free_and_needed(scale: str, given: dict) -> tuple[float, float]:
-    """GPU memory that a run may use, and what the scale needs at least by the plan, in bytes."""
+    """Bytes of the GPU that a run may have, and the planned need of the weights and rows of
+    decoding that rollout_weights chooses there."""
     cfg = replace(configure(Config, [scale])[0], **given)
     free = device_memory(torch.device("cuda", 0))
     plan = planned(cfg, AutoConfig.from_pretrained(tiny.resolve(cfg.model)), free)
-    return USABLE * free, min(plan.need(how) for how in ("kept", "freed", "adapter"))
+    decode_weights, rows, _ = plan.choose(cfg.rollout_weights)
+    return USABLE * free, plan.need(decode_weights, rows)
 
 
 def _within_reach(model: str) -> bool:

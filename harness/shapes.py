@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from harness.memory import Plan, largest_micro_batch, plan
+from decoding.kvcache import EXPANDED_ATTENTION
+from harness.plan import Plan, plan_run
 from lora import add_lora
 from model import backbone, checkpoint_activations
 
@@ -50,6 +51,7 @@ def _pack(linear: nn.Linear, dtype: torch.dtype) -> None:
         absmax=new(blocks, torch.uint8),
         code=new(16, torch.float32),
         offset=new(1, torch.float32),
+        shape=(linear.out_features, linear.in_features),
         state2=inner,
         dtype=dtype,
     )
@@ -59,11 +61,12 @@ def _pack(linear: nn.Linear, dtype: torch.dtype) -> None:
 
 
 def planned(cfg, config: PretrainedConfig, room: int) -> Plan:
-    """The plan of a run (settings.Config) of this model in bf16 on a GPU with room bytes free."""
-    model = meta_model(config, cfg.quant, cfg.lora_r, torch.bfloat16, cfg.gradient_checkpointing)
-    in_update = -(-cfg.prompts_per_step * cfg.group_size // cfg.updates_per_step)
-    lengths = (cfg.max_prompt_tokens, cfg.max_new_tokens)
-    rows, T = largest_micro_batch(cfg.micro_batch_tokens, in_update, *lengths)
-    decoded = cfg.max_prompt_tokens + max(cfg.max_new_tokens, cfg.eval_new_tokens)
-    result = plan([model], rows * T, decoded, cfg.rollout_rows, cfg.gradient_checkpointing)
-    return replace(result, device=room)
+    """The plan of a run (settings.Config) of this model on a GPU with room bytes free.
+
+    dtype=auto is bfloat16, as on a GPU of the Ampere generation or later.
+    """
+    dtype = torch.float32 if cfg.dtype == "float32" else torch.bfloat16
+    model = meta_model(config, cfg.quant, cfg.lora_r, dtype, cfg.gradient_checkpointing)
+    if dtype == torch.float32:
+        model.config._attn_implementation = EXPANDED_ATTENTION
+    return replace(plan_run([model], cfg), device=room)

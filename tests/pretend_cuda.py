@@ -3,7 +3,7 @@
 Inside `pretended()`, tensors made or moved with device="cuda" are tagged and say so. An operator
 on tagged and other tensors raises, as a GPU would refuse it. What the host would wait for and what
 would be copied to the GPU is counted by the function of ours that asked; inside a capture both
-raise. `put` tags a model that was loaded on the CPU.
+raise. `load` loads a model on the CPU and tags it.
 """
 
 import sys
@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 import torch.utils.checkpoint
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporarily
 from torch.utils._pytree import tree_leaves
 
 ROOT = str(Path(__file__).resolve().parents[1])
@@ -233,6 +233,16 @@ def put(gpu: Pretended, model: torch.nn.Module) -> torch.nn.Module:
                     gpu.put(part)
             state = state.state2
     return model
+
+
+def load(gpu: Pretended, function, *args, **kwargs) -> torch.nn.Module:
+    """Load a model on the CPU as if nobody pretended, and tag it.
+
+    Loading under the modes would leave computed buffers (rotary frequencies) unwritten.
+    """
+    with torch.overrides._pop_mode_temporarily(), _pop_mode_temporarily():
+        model = function(*args, **kwargs)
+    return put(gpu, model)
 
 
 @contextmanager

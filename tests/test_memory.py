@@ -15,10 +15,12 @@ import train as trainer
 from data import partition
 from decoding.slots import DecodeSetup
 from harness import memory
+from harness import plan as plans
 from harness import scale as scales
 from harness.errors import UserError
 from harness.loading import load_model
-from harness.memory import largest_micro_batch, plan, worst_case
+from harness.memory import worst_case
+from harness.plan import largest_micro_batch, plan
 from harness.runfiles import read_config
 from harness.scale import choose_scale
 from harness.shapes import meta_model
@@ -80,13 +82,11 @@ def test_planned_activations_are_what_a_backward_holds(model_folders, family, dt
         hidden = backbone(model)(torch.ones(8, 48, dtype=torch.int64), use_cache=False)[0]
         hidden.sum().backward()
     assert planned.activations == pytest.approx(live.peak, rel=0.3)
-    other = plan([model], 8 * 48, 64, 4, not checkpointing)
-    assert other.activations == planned.activations_else
 
 
 def test_planned_logits_are_what_the_head_holds(model_folders, monkeypatch):
     model = lora_model(model_folders["llama"])
-    monkeypatch.setattr(memory, "LOGITS_CHUNK", 97 * 200)
+    monkeypatch.setattr(plans, "LOGITS_CHUNK", 97 * 200)
     planned = plan([model], 8 * 200, 200, 4, False)
     hidden = torch.randn(1, 200, 64, requires_grad=True)
     with Live(model) as live:
@@ -111,7 +111,7 @@ def test_the_other_parts_are_counted_exactly(model_folders, quant, dtype):
         tokens = torch.ones(6, 64, dtype=torch.int64)
         held = backbone(model)(tokens, use_cache=True).past_key_values.layers
     held = [t for layer in held for t in (layer.keys, layer.values)]
-    assert planned.cache == sum(t.numel() * t.element_size() for t in held)
+    assert planned.rows * planned.row_cache == sum(t.numel() * t.element_size() for t in held)
     frozen = [p for p in model.parameters() if not p.requires_grad]
     linear = sum(x.base.in_features * x.base.out_features for x in layers)
     if quant == "nf4":
@@ -133,52 +133,124 @@ def test_full_training_counts_its_weights_once(model_folders):
     model.requires_grad_(True)
     planned = plan([model], 100, 64, 6, False)
     assert planned.weights == 0 and planned.trained == 16 * model.num_parameters()
-    assert planned.choose("auto")[0] == "adapter" and "lora_r=0" in planned.choose("auto")[1]
+    how, rows, reason = planned.choose("auto")
+    assert (how, rows) == ("adapter", 6) and "lora_r=0" in reason
 
 
-def test_rollout_weights_are_chosen_by_what_fits(model_folders):
-    planned = replace(
-        plan([lora_model(model_folders["llama"])], 100, 64, 6, True),
+def made_plan(folder, **changes):
+    """A plan of 16 rows, in bytes that are easy to add."""
+    parts = dict(
         weights=50,
         trained=10,
         merged=130,
-        cache=30,
-        decode_step=1,
+        unmerged=300,
+        head=20,
+        row_cache=4,
+        row_step=1,
         prefill=5,
         activations=20,
         logits=10,
+        rows=16,
     )
-    assert planned.need("kept") == 50 + 10 + 130 + 30 + 1 + max(5, 20 + 10)
-    assert planned.need("freed") == 50 + 10 + max(130 + 30 + 1 + 5, 20 + 10)
-    assert planned.need("adapter") == 50 + 10 + 30 + 1 + max(5, 20 + 10)
-    assert replace(planned, prefill=70).need("adapter") == 50 + 10 + 30 + 1 + 70
-    for room, how in ((252, "kept"), (250, "freed"), (227, "freed"), (225, "adapter")):
-        planned = replace(planned, device=room / memory.USABLE + 1e-6)
-        assert planned.choose("auto")[0] == how and "\n" not in planned.choose("auto")[1]
-        assert f"{how == 'freed'}" == str(", freed before the update" in planned.table(how))
-    assert planned.choose("merged")[0] == "freed" and planned.choose("adapter")[0] == "adapter"
+    return replace(plan([lora_model(folder)], 100, 64, 6, True), **{**parts, **changes})
+
+
+def test_what_is_needed_at_once(model_folders):
+    planned = made_plan(model_folders["llama"])
+    assert planned.need("kept") == 50 + 10 + 130 + 16 * 5 + max(5, 20 + 10)
+    assert planned.need("freed") == 50 + 10 + max(130 + 16 * 5 + 5, 20 + 10)
+    assert planned.need("adapter") == 50 + 10 + 16 * 5 + max(5, 20 + 10)
+    assert replace(planned, prefill=70).need("adapter", 8) == 50 + 10 + 8 * 5 + 70
+
+
+@pytest.mark.parametrize(
+    "room,unmerged,chosen",
+    [
+        (300, 300, ("kept", 16)),  # 300 needed
+        (299, 300, ("freed", 16)),  # 275 needed
+        (274, 300, ("kept", 8)),  # 260 needed; 8 / 166 rows a byte beat 16 / 352
+        (259, 300, ("freed", 8)),  # 235 needed
+        (274, 200, ("adapter", 16)),  # 170 needed; 16 / 252 beat 8 / 166
+        (234, 300, ("adapter", 16)),
+        (169, 300, ("adapter", 8)),
+        (100, 300, ("adapter", 16)),  # nothing fits: what was asked for is tried
+    ],
+)
+def test_auto_weighs_rows_against_merging(model_folders, room, unmerged, chosen):
+    device = room / plans.USABLE + 1e-6
+    planned = made_plan(model_folders["llama"], device=device, unmerged=unmerged)
+    assert planned.choose("auto")[:2] == chosen
+    assert "\n" not in planned.choose("auto")[2]
+    # What was asked for explicitly is not weighed.
+    assert planned.choose("merged")[:2] == ("kept" if room >= 300 else "freed", 16)
+    assert planned.choose("adapter")[:2] == ("adapter", 16)
+    assert (", freed before the update" in planned.table(*chosen)) == (chosen[0] == "freed")
+
+
+def test_auto_decodes_fewer_rows_where_memory_is_short(small, monkeypatch, capsys):
+    """The rows are saved, and a resumed run keeps them although memory is free again."""
+    whole = train(replace(small, steps=2, out_dir=small.out_dir + "whole", eval_every=0))
+    fits = plans.Plan.choose
+
+    def scarce(self, wanted):
+        self.device = self.need("adapter", 9) / plans.USABLE
+        self.merged = 10**12
+        return fits(self, wanted)
+
+    cfg = replace(small, steps=1, rollout_rows=20, eval_every=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(plans.Plan, "choose", scarce)
+        train(cfg)
+    saved = read_config(small.out_dir)
+    assert (saved["rollout_rows"], saved["rollout_weights"]) == (8, "adapter")
+    assert "rollout_rows was 20, now 8" in capsys.readouterr().out
+    train(replace(cfg, steps=2, resume=True))
+    assert read_config(small.out_dir)["rollout_rows"] == 8
+    assert "rollout_rows stays 8" in capsys.readouterr().out
+    history = train(replace(cfg, steps=3, rollout_rows=4, resume=True))
+    assert read_config(small.out_dir)["rollout_rows"] == 4
+    assert history[0]["reward"] == whole[0]["reward"]  # rows change no sample in fp32 on the CPU
 
 
 def test_the_limit_of_the_process_counts(monkeypatch):
-    all_of_it = memory.device_memory(torch.device("cpu"))
+    all_of_it = plans.device_memory(torch.device("cpu"))
     assert all_of_it > 1e9
-    monkeypatch.setattr(memory.resource, "getrlimit", lambda which: (10**9, 10**9))
-    assert memory.device_memory(torch.device("cpu")) == 10**9
+    monkeypatch.setattr(plans.resource, "getrlimit", lambda which: (10**9, 10**9))
+    assert plans.device_memory(torch.device("cpu")) == 10**9
 
 
 # ---------------------------------------------------------------------------------- the worst case
+
+
+def lengths(micro_batch_tokens, in_update=16, rollout_rows=4, **more):
+    """Settings of 10 + 40 tokens a row and so many rows in an update."""
+    return Config(
+        max_prompt_tokens=10,
+        max_new_tokens=40,
+        prompts_per_step=1,
+        group_size=in_update,
+        updates_per_step=1,
+        micro_batch_tokens=micro_batch_tokens,
+        rollout_rows=rollout_rows,
+        **more,
+    )
+
+
+def settled(model, cfg, *how):
+    worst_case(model, cfg, *how)
+    return cfg.micro_batch_tokens
 
 
 def test_no_micro_batch_is_larger_than_the_one_tried():
     """Of any lengths; and one of that size does come up."""
     g = torch.Generator().manual_seed(0)
     for micro in (20, 50, 75, 100, 130, 200, 1000):
-        rows, T = largest_micro_batch(micro, 6, 10, 40)
+        rows, T = largest_micro_batch(lengths(micro, in_update=6))
         assert T <= 50 and rows <= 6 and (rows * T <= micro or (rows, T) == (1, 50))
         for _ in range(20):
-            lengths = torch.randint(2, 51, (24,), generator=g).tolist()
-            for mini in partition(lengths, 4, micro, 0, 0):
-                assert all(len(p) * max(lengths[i] for i in p) <= rows * T + rows for p in mini)
+            drawn = torch.randint(2, 51, (24,), generator=g).tolist()
+            for mini in partition(drawn, 4, micro, 0, 0):
+                assert all(len(p) * max(drawn[i] for i in p) <= rows * T + rows for p in mini)
         (only,) = partition([T] * rows, 1, micro, 0, 0)
         assert [len(p) for p in only] == [rows]
 
@@ -196,17 +268,17 @@ def out_of_memory_above(monkeypatch, limit, seen):
 def test_the_micro_batch_is_halved_until_it_fits(model_folders, monkeypatch, capsys):
     model, seen = lora_model(model_folders["llama"]), []
     out_of_memory_above(monkeypatch, 100, seen)
-    assert worst_case(model, 400, 16, 10, 40, 4) == 100
+    assert settled(model, lengths(400)) == 100
     assert seen == [(8, 50), (4, 50), (2, 50)]
     out = capsys.readouterr().out
     assert "micro_batch_tokens was 400, now 100" in out and "2 x 50 tokens" in out
     assert all(p.grad is None for p in model.parameters())
-    assert worst_case(model, 80, 16, 10, 40, 4) == 80 and "was" not in capsys.readouterr().out
+    assert settled(model, lengths(80)) == 80 and "was" not in capsys.readouterr().out
     # 1000 tokens where an update has but 4 rows: halved from what there can be
-    assert worst_case(model, 1000, 4, 10, 40, 4) == 100
+    assert settled(model, lengths(1000, in_update=4)) == 100
     out_of_memory_above(monkeypatch, 49, seen)
     with pytest.raises(UserError, match=r"one row, 50 tokens: lower --max_new_tokens"):
-        worst_case(model, 400, 16, 10, 40, 4)
+        worst_case(model, lengths(400))
 
 
 def test_a_prefill_and_a_decoding_step_are_tried(model_folders, monkeypatch):
@@ -225,7 +297,7 @@ def test_a_prefill_and_a_decoding_step_are_tried(model_folders, monkeypatch):
         return fits(*args)
 
     monkeypatch.setattr(memory, "_fits", at_update)
-    worst_case(model, 100, 16, 10, 40, 6, "kept", decoded=100)
+    worst_case(model, lengths(100, rollout_rows=6, eval_new_tokens=90), "kept")
     assert shapes == [(3, 10), (6, 1)] and caches == [(6, 2, 128, 16)]  # 100 columns, aligned
     assert model.decode_setup.kept is None
 
@@ -233,7 +305,7 @@ def test_a_prefill_and_a_decoding_step_are_tried(model_folders, monkeypatch):
 def test_a_gpu_has_what_is_free_and_what_we_hold(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6 * 10**9, 24 * 10**9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * 10**9)
-    assert memory.device_memory(torch.device("cuda", 0)) == 8 * 10**9
+    assert plans.device_memory(torch.device("cuda", 0)) == 8 * 10**9
 
 
 def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_reports_its_own_memory(monkeypatch):
@@ -248,7 +320,7 @@ def test_rollouts_that_do_not_fit_name_their_settings(model_folders, monkeypatch
 
     monkeypatch.setattr(memory, "merged", full)
     with pytest.raises(UserError, match="--rollout_rows .* --rollout_weights=adapter"):
-        worst_case(lora_model(model_folders["llama"]), 100, 16, 10, 40, 4, "kept")
+        worst_case(lora_model(model_folders["llama"]), lengths(100), "kept")
 
 
 # ------------------------------------------------------------------------------------------- a run
@@ -352,16 +424,16 @@ def test_rollout_weights_are_used_and_saved(small, how, saved, monkeypatch, caps
     train(replace(small, steps=1, eval_every=1, rollout_weights=how))
     assert seen == [{saved == "merged"}] * 3  # eval, step, eval
     assert read_config(small.out_dir)["rollout_weights"] == saved
-    line = {"merged": "a merged copy, which fits", "adapter": "base and adapter, as asked"}[saved]
+    line = {"merged": "a merged copy, ", "adapter": "base and adapter, as asked"}[saved]
     assert f"rollout weights: {line}" in capsys.readouterr().out
 
 
 def test_freed_samples_what_kept_samples(small, monkeypatch):
     kept = train(replace(small, steps=2, out_dir=small.out_dir + "kept"))
-    monkeypatch.setattr(memory.Plan, "choose", lambda self, wanted: ("freed", "a test"))
+    monkeypatch.setattr(plans.Plan, "choose", lambda self, wanted: ("freed", self.rows, "a test"))
     freed = train(replace(small, steps=2, out_dir=small.out_dir + "freed"))
     assert comparable(freed) == comparable(kept)
-    monkeypatch.setattr(memory.Plan, "choose", lambda self, wanted: ("adapter", "a test"))
+    monkeypatch.setattr(plans.Plan, "choose", lambda self, wanted: ("adapter", self.rows, "a test"))
     adapter = train(replace(small, steps=2, out_dir=small.out_dir + "adapter"))
     gaps = [[m["sampler_gap_max"] for m in history[1:]] for history in (kept, adapter)]
     assert gaps[0] != gaps[1]  # the setting does something: another rounding
@@ -369,7 +441,7 @@ def test_freed_samples_what_kept_samples(small, monkeypatch):
 
 def test_a_resumed_run_keeps_what_auto_chose(small, whole, monkeypatch, capsys):
     train(replace(small, steps=2))
-    monkeypatch.setattr(memory, "device_memory", lambda device: 1)  # a busy device would say no
+    monkeypatch.setattr(plans, "device_memory", lambda device: 1)  # a busy device would say no
     assert comparable(train(replace(small, resume=True))) == whole
     assert "rollout_weights was" not in capsys.readouterr().out
 
@@ -385,25 +457,37 @@ def test_rollout_weights_that_cannot_act_warn():
 # --------------------------------------------------------------------------------------- the scales
 
 
+EIGHT_GB = ["--rollout_rows=32", "--micro_batch_tokens=2048"]
+
+
 @pytest.mark.parametrize(
-    "recipe,choices",
+    "name,more,shape,choices",
     [
+        ("qwen2.5_math_1.5b", EIGHT_GB, "qwen2.5-1.5b", [("kept", 32)] * 4),
         (
-            (
-                "qwen2.5_math_1.5b",
-                ["--rollout_rows=32", "--micro_batch_tokens=2048"],
-                "qwen2.5-1.5b",
-            ),
-            ("kept", "kept", "kept", "kept"),
+            "qwen2.5_math_1.5b",
+            [],
+            "qwen2.5-1.5b",
+            [("freed", 48), ("freed", 128), ("kept", 128), ("kept", 128)],
         ),
-        (("qwen2.5_math_1.5b", [], "qwen2.5-1.5b"), ("-", "freed", "kept", "kept")),
-        (("qwen2.5_math_1.5b_paper", [], "qwen2.5-1.5b"), ("-", "-", "-", "kept")),
-        (("qwen2.5_math_7b", [], "qwen2.5-7b"), ("-", "-", "-", "adapter")),
+        (
+            "qwen2.5_math_1.5b_paper",
+            [],
+            "qwen2.5-1.5b",
+            [("freed", 16), ("freed", 48), ("freed", 80), ("kept", 128)],
+        ),
+        # More rows by base and adapter beat a merged copy of 13 GB.
+        (
+            "qwen2.5_math_7b",
+            [],
+            "qwen2.5-7b",
+            [None, ("adapter", 16), ("adapter", 56), ("adapter", 128)],
+        ),
     ],
 )
-def test_what_auto_picks_on_8_12_16_and_24_gb(recipe, choices):
-    _, planned = memory_table.recipe(*recipe, 24e9)
-    assert tuple(memory_table.picks(planned, gb) for gb in memory_table.CARDS) == choices
+def test_what_auto_picks_on_8_12_16_and_24_gb(name, more, shape, choices):
+    _, planned = memory_table.recipe(name, more, shape, 24e9)
+    assert [memory_table.picks(planned, gb) for gb in memory_table.CARDS] == choices
 
 
 def test_the_scale_of_a_gpu_follows_from_the_plan(model_folders, monkeypatch):

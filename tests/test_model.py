@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import grpo
 import model as model_module
 from decoding import slots
+from decoding.kvcache import EXPANDED_ATTENTION
 from engine import TRAIN_NOISE, generate
 from harness.adapters import load_adapter, save_adapter
 from harness.errors import UserError
-from harness.loading import EXPANDED_ATTENTION, load_model, load_tokenizer
+from harness.loading import load_model, load_tokenizer
 from lora import adapter_off, add_lora, lora_layers, trainable
 from model import checkpoint_activations, end_token_ids, logits, token_stats, turn_end_ids
 

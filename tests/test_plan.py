@@ -14,7 +14,7 @@ from transformers import masking_utils
 from decoding.kvcache import PrefillCache, Prompt, StaticCache, decode_attention
 from decoding.sampling import sample
 from engine import PREFILL_TOKENS
-from harness.memory import largest_micro_batch
+from harness.plan import largest_micro_batch
 from harness.shapes import meta_model
 from lora import trainable
 from model import backbone, head, token_stats
@@ -142,9 +142,7 @@ def measure(cfg, config, merged: bool) -> int:
         if merged:
             for layer in layers:
                 layer.use_merged = False
-        in_update = -(-cfg.prompts_per_step * cfg.group_size // cfg.updates_per_step)
-        lengths = (P, cfg.max_new_tokens)
-        rows, T = largest_micro_batch(cfg.micro_batch_tokens, in_update, *lengths)
+        rows, T = largest_micro_batch(cfg)
         length = torch.full((rows,), min(cfg.max_new_tokens, T - 1))
         tokens = torch.zeros(rows, T, dtype=torch.int64)
         token_stats(model, tokens, T - length, length, also=("alignment",)).logp.sum().backward()
@@ -152,7 +150,7 @@ def measure(cfg, config, merged: bool) -> int:
     return live.peak
 
 
-RECIPES = [(*r, merged) for r, merged in zip(memory_table.RECIPES, [1, 1, 1, 1, 0, 0], strict=True)]
+RECIPES = [(*recipe, merged) for recipe, merged in zip(memory_table.RECIPES, "11110", strict=True)]
 
 
 @pytest.mark.parametrize("name,more,shape,merged", RECIPES)
@@ -167,6 +165,6 @@ def test_what_is_measured_is_planned_and_little_more(name, more, shape, merged, 
         lambda q, k, v, **more: Fused.apply(q, k, v) if q.is_meta else real(q, k, v, **more),
     )
     cfg, planned = memory_table.recipe(name, more, shape, 24e9)
-    need = planned.need("kept" if merged else "adapter")
-    measured = measure(cfg, model_config(shape), bool(merged))
+    need = planned.need("kept" if merged == "1" else "adapter")
+    measured = measure(cfg, model_config(shape), merged == "1")
     assert measured <= need <= 1.25 * measured

@@ -1,6 +1,8 @@
 """Bench and sample, on throwaway models."""
 
 import json
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -11,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import sample
 from harness.adapters import save_adapter
+from harness.configurator import PROJECT
 from harness.errors import UserError
 from lora import add_lora, lora_layers
 from tasks import tiny
@@ -262,6 +265,28 @@ def test_peak_memory_sees_what_is_gone_again():
     assert meter.stop()[0] < 0.02
 
 
+def test_memory_fraction_caps_the_gpu_that_is_used(monkeypatch):
+    """The real function accepts a device only with its index."""
+    capped = []
+
+    def cap(fraction, device):
+        if device.index is None:
+            raise ValueError("expected a torch.device with a specified index")
+        capped.append((fraction, device.index))
+        raise UserError("stop here")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", cap)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device=None: zeros(*shape))
+    for device, index in (("auto", 0), ("cuda", 0), ("cuda:1", 1)):
+        with pytest.raises(UserError, match="stop here"):
+            bench.main(options("--memory_fraction=0.25", f"--device={device}"))
+        assert capped.pop() == (0.25, index) and not capped
+
+
 def test_errors_of_bench_are_one_line():
     for argv, words in [
         (["--prompts=0"], "prompts=0"),
@@ -342,3 +367,22 @@ def test_sample_shows_base_and_trained_on_the_same_noise(tmp_path, capsys, monke
     assert "".join(same_left) == "".join(left) != "".join(other)
     with pytest.raises(UserError, match="row"):
         shown("--row=1")
+
+
+# ---- systems without file locks
+
+
+@pytest.mark.parametrize("command", ["train.py", "eval.py", "sample.py", "-m tools.sweep"])
+def test_a_system_without_file_locks_is_refused_in_one_line(command, tmp_path):
+    """As on Windows, whose Python has no fcntl."""
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['fcntl'] = None")
+    run = subprocess.run(
+        [sys.executable, *command.split(), "--help"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+    )
+    ours = [line for line in run.stderr.splitlines() if "nanoRLVR" in line]
+    assert run.returncode == 2 and run.stdout == "" and "Traceback" not in run.stderr
+    assert run.stderr.splitlines()[-1:] == ours and "WSL2" in ours[0]

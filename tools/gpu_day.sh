@@ -54,7 +54,7 @@ command_of() {
         ;;
     train) # goes on from its last checkpoint
         echo "$PYTHON -c \"\$SHAPE_CODE\" $SHAPE && resume=False &&" \
-            "if [[ -f $LOGS/train/config.json ]]; then resume=True; fi &&" \
+            "if [[ -f $LOGS/train/state.safetensors ]]; then resume=True; fi &&" \
             "$PYTHON train.py config/random_reward.py config/model/qwen2.5_math_1.5b.py" \
             "--model=$SHAPE $recipe --steps=20 --save_every=2 --out_dir=$LOGS/train" \
             "--resume=\$resume"
@@ -82,7 +82,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 from tasks import tiny
-from tools.workload import model_config
+from tools.parts.workload import model_config
 folder = Path(sys.argv[1])
 if not (folder / "tokenizer.json").is_file():
     torch.manual_seed(0)

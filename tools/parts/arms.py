@@ -15,7 +15,7 @@ from settings import Config
 # Two runs belong to one arm even if they differ in these settings ...
 RUN_KEYS = ("seed", "out_dir", "resume")
 # ... or in these, which train.py adapts to the memory it finds.
-MEMORY_KEYS = ("rollout_weights", "micro_batch_tokens")
+MEMORY_KEYS = ("rollout_weights", "rollout_rows", "micro_batch_tokens")
 
 
 @dataclass

@@ -5,7 +5,6 @@ configuration is refused.
 """
 
 import ctypes
-import fcntl
 import os
 import re
 import signal
@@ -22,7 +21,8 @@ from tqdm import tqdm
 
 from harness.configurator import PROJECT, configure
 from harness.errors import UserError
-from harness.memory import device_memory
+from harness.locks import lock
+from harness.plan import device_memory
 from harness.runfiles import (
     is_complete,
     read_config,
@@ -89,10 +89,10 @@ def state(job: Job) -> str:
 def _wait_until_free(folder: Path, seconds: float = 60.0) -> None:
     """Wait for a run whose sweep was killed, until it has ended its step (see start)."""
     deadline, waited = time.monotonic() + seconds, False
-    with open(folder / "lock", "a") as lock:
+    with open(folder / "lock", "a") as file:
         while True:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file)
                 return
             except OSError as error:
                 if time.monotonic() > deadline:
@@ -112,7 +112,7 @@ def _settled(key: str, wanted, saved) -> bool:
     return (
         key in ("out_dir", "resume")
         or (key == "rollout_weights" and wanted == "auto")
-        or (key == "micro_batch_tokens" and saved < wanted)
+        or (key in ("micro_batch_tokens", "rollout_rows") and saved < wanted)
     )
 
 
