@@ -59,7 +59,7 @@ from harness.progress import Progress
 from harness.scale import choose_scale
 from harness.second_model import SecondModel, default_second_model
 from harness.stopping import LastStep, StopOnSignal
-from harness.token_log import keep_log_ratio
+from harness.token_log import keep_log_ratio, share_log_ratio
 from harness.trackers import open_tracker
 from lora import adapter_off, add_lora, trainable
 from metrics import describe, describe_clip, sample_log, summary_table
@@ -366,6 +366,8 @@ def update(
         optimizer.zero_grad()
         norms.append(norm)
     ranks.check_equal(parameters)
+    if cfg.log_tokens:
+        share_log_ratio(rollouts)
     seen = [stats for one in ranks.gather(seen) for stats in one]
     return {
         **describe_clip(seen, rollouts.old_logp[left_out], in_loss[left_out]),

@@ -14,14 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import comparable, run_config
 from safetensors.torch import load_file
-from test_train import comparable, small_config
 
 from data import partition
 from engine import Generation, join
 from harness import ranks
 from harness.configurator import PROJECT
 from harness.runfiles import read_jsonl
+from settings import Config
 from train import train
 
 pytestmark = pytest.mark.skipif(
@@ -71,7 +72,7 @@ def test_joined_generations_are_padded_to_the_widest():
 def configs(world: str, folder: Path) -> dict[str, dict]:
     """Runs with several micro-batches of uneven token counts in each of two updates a step."""
     base = replace(
-        small_config(world, ""),
+        run_config(world, ""),
         updates_per_step=2,
         micro_batch_tokens=90,
         prompts_per_step=5,
@@ -83,6 +84,7 @@ def configs(world: str, folder: Path) -> dict[str, dict]:
         eval_every=2,
         eval_n=7,
         eval_temperature=1.0,
+        log_tokens=True,
     )
     runs = {
         "adamw": base,
@@ -115,11 +117,11 @@ def folders(tiny_random, tmp_path_factory):
     runs = {n: configs(tiny_random, folder) for n, folder in folders.items()}
     with redirect_stdout(io.StringIO()):
         for run in (*runs[1].values(), resumed(runs[1]["resumed"])):
-            train(replace(small_config("", ""), **run))
+            train(Config(**run))
     start(2, folders[2], list(runs[2].values()))
     start(3, folders[3], [*runs[3].values(), resumed(runs[2]["resumed"])])
     with redirect_stdout(io.StringIO()):
-        train(replace(small_config("", ""), **resumed(runs[3]["resumed"])))
+        train(Config(**resumed(runs[3]["resumed"])))
     return folders
 
 
@@ -146,6 +148,8 @@ def test_n_processes_make_the_update_of_one(folders, name, n):
     assert sum(row["clip_frac_low"] + row["clip_frac_high"] for row in logs[0][1:]) > 0
     responses = [read_jsonl(folder / "samples.jsonl") for folder in (one, many)]
     assert [r["response"] for r in responses[0]] == [r["response"] for r in responses[1]]
+    for a, b in zip(*responses, strict=True):
+        assert close(a["entropy"], b["entropy"]) and close(a["log_ratio"], b["log_ratio"])
     if name == "adamw":  # a random reward, the same to the bit
         assert [r["reward"] for r in responses[0]] == [r["reward"] for r in responses[1]]
         assert [m.get("reward") for m in logs[0]] == [m.get("reward") for m in logs[1]]
@@ -170,7 +174,7 @@ def rank_of(pid: int) -> int:
 @pytest.mark.parametrize("victim", ["rank 0", "rank 1", "torchrun"])
 def test_a_rank_that_dies_ends_the_others(tiny_random, tmp_path, victim):
     """By kill -9 of a rank, or TERM to torchrun. The last complete step is saved by rank 0."""
-    cfg = asdict(replace(small_config(tiny_random, str(tmp_path / "run")), steps=1000))
+    cfg = asdict(run_config(tiny_random, tmp_path / "run", steps=1000))
     keys = [key for key in cfg if cfg[key] != "" and key != "adam_betas"]
     command = [*TORCHRUN, "--nproc_per_node=2", "train.py", *(f"--{k}={cfg[k]}" for k in keys)]
     metrics, err = tmp_path / "run" / "metrics.jsonl", tmp_path / "err"
@@ -201,7 +205,7 @@ def test_a_rank_that_dies_ends_the_others(tiny_random, tmp_path, victim):
 @pytest.mark.slow
 def test_an_error_of_every_rank_is_one_line(tiny_random, tmp_path):
     path = tmp_path / "runs.json"
-    cfg = replace(small_config(tiny_random, str(tmp_path / "run")), prompts_per_step=2)
+    cfg = run_config(tiny_random, tmp_path / "run", prompts_per_step=2)
     path.write_text(json.dumps([asdict(cfg)]))
     command = [*TORCHRUN, "--nproc_per_node=3", "tests/ranks_worker.py", str(path)]
     done = subprocess.run(command, cwd=PROJECT, env=ENV, capture_output=True, text=True)
