@@ -549,7 +549,8 @@ def train(cfg: Config) -> list[dict]:
             last_step.saved = done
             print(f"resumed after step {done}")
         last_step.done(done)
-        track = open_tracker(cfg.log, asdict(cfg), cfg.out_dir, history)
+        log = cfg.log if ranks.rank() == 0 else "none"
+        track = open_tracker(log, asdict(cfg), cfg.out_dir, history)
 
         def eval_is_due(step: int) -> bool:
             due = cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps)

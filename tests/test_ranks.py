@@ -175,8 +175,8 @@ def rank_of(pid: int) -> int:
 def test_a_rank_that_dies_ends_the_others(tiny_random, tmp_path, victim):
     """By kill -9 of a rank, or TERM to torchrun. The last complete step is saved by rank 0."""
     cfg = asdict(run_config(tiny_random, tmp_path / "run", steps=1000))
-    keys = [key for key in cfg if cfg[key] != "" and key != "adam_betas"]
-    command = [*TORCHRUN, "--nproc_per_node=2", "train.py", *(f"--{k}={cfg[k]}" for k in keys)]
+    given = [f"--{key}={value}" for key, value in cfg.items() if value != getattr(Config, key)]
+    command = [*TORCHRUN, "--nproc_per_node=2", "train.py", *given]
     metrics, err = tmp_path / "run" / "metrics.jsonl", tmp_path / "err"
     with open(err, "w") as file:
         process = subprocess.Popen(
