@@ -22,8 +22,9 @@ from transformers import PreTrainedTokenizerBase
 from decoding.kvcache import PrefillCache, Prompt, decode_attention
 from decoding.sampling import uniforms
 from decoding.slots import DecodeSetup, Rows, Slots
+from harness.output_layer import logits
 from lora import weights_address
-from model import backbone, head, logits
+from model import backbone, head
 
 # First key of the noise, so that training, eval and majority labels never share a stream.
 TRAIN_NOISE, EVAL_NOISE, LABEL_NOISE = 1, 2, 3

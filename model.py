@@ -1,6 +1,6 @@
 """Score tokens under a causal LM: log-probability, entropy, self-certainty.
 
-The layers are run by transformers. This file computes the head itself, in fp32 and in chunks.
+The layers are run by transformers. The head is computed here, in fp32 and in chunks.
 Models are loaded in harness/loading.py.
 """
 
@@ -9,16 +9,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase
 
 from harness.errors import UserError
+from harness.output_layer import logits, weighted_rows
 
-# Number of fp32 logits that token_stats holds at once: 64 MB for every vocabulary. The backward
-# pass holds about five times as much.
+# Number of fp32 logits that token_stats computes at once: 64 MB for every vocabulary. It holds
+# twice as much, and three times as much in the backward pass of a trained head.
 LOGITS_CHUNK = 2**24
-# Rows of a bf16 head that the CPU converts to fp32 at once: 4 to 14 MB.
-HEAD_ROWS = 1024
 
 
 def backbone(model: nn.Module) -> nn.Module:
@@ -31,19 +29,6 @@ def head(model: nn.Module) -> nn.Module:
     return model.get_output_embeddings()
 
 
-def logits(model_head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits float32 [n, V] of hidden states [n, H], summed in fp32 and never rounded to bf16.
-
-    A bf16 logit between 16 and 32 is a multiple of 0.125. One step of that grid would move a ratio
-    by 13 %, which is large next to the clip range. Scoring, update and sampler all use this
-    function. The gradient flows to hidden and, if they are trained, to weight and bias.
-    """
-    weight = model_head.weight
-    if weight.dtype == torch.float32 or type(model_head) is not nn.Linear:
-        return model_head(hidden).float()
-    return _Float32Logits.apply(hidden, weight, model_head.bias, hidden.is_cuda)
-
-
 def rounding_error(model: nn.Module) -> float:
     """Estimate how far rounding moves the log-probability of a token, in nats.
 
@@ -53,50 +38,6 @@ def rounding_error(model: nn.Module) -> float:
     """
     vocabulary = head(model).weight.shape[0]
     return torch.finfo(model.dtype).eps / 2 * math.log(vocabulary)
-
-
-class _Float32Logits(torch.autograd.Function):
-    """Compute h W^T + b in fp32 from bf16 or fp16 h [n, H], W [V, H] and b [V] or None.
-
-    CUDA can multiply such inputs with fp32 output. Elsewhere HEAD_ROWS rows of W at a time are
-    converted to fp32. This is exact and needs no fp32 copy of the head. From about eight rows of h
-    on, it is as fast as a multiplication by such a copy.
-    """
-
-    @staticmethod
-    def forward(ctx, h, weight, bias, on_cuda):
-        ctx.save_for_backward(h, weight)
-        ctx.has_bias, ctx.on_cuda = bias is not None, on_cuda
-        if on_cuda:
-            z = torch.mm(h, weight.t(), out_dtype=torch.float32)
-        else:
-            wide, z = h.float(), torch.empty(len(h), len(weight), device=h.device)
-            for part, rows in zip(z.split(HEAD_ROWS, 1), weight.split(HEAD_ROWS), strict=True):
-                torch.mm(wide, rows.float().t(), out=part)
-        return z if bias is None else z.add_(bias)
-
-    @staticmethod
-    def backward(ctx, grad):  # [n, V] fp32
-        h, weight = ctx.saved_tensors
-        to_h = to_weight = to_bias = None
-        narrow = grad.to(h.dtype) if ctx.on_cuda else None  # rounded once, like any bf16 gradient
-        if ctx.needs_input_grad[0]:
-            if ctx.on_cuda:
-                to_h = torch.mm(narrow, weight, out_dtype=torch.float32)
-            else:
-                to_h = torch.zeros(h.shape, device=h.device)
-                parts = zip(grad.split(HEAD_ROWS, 1), weight.split(HEAD_ROWS), strict=True)
-                for part, rows in parts:
-                    to_h.addmm_(part, rows.float())
-            to_h = to_h.to(h.dtype)
-        if ctx.needs_input_grad[1]:
-            if ctx.on_cuda:
-                to_weight = torch.mm(narrow.t(), h)
-            else:
-                to_weight = (grad.t() @ h.float()).to(weight.dtype)
-        if ctx.has_bias and ctx.needs_input_grad[2]:
-            to_bias = grad.sum(0).to(weight.dtype)
-        return to_h, to_weight, to_bias, None
 
 
 def end_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -208,12 +149,12 @@ def token_stats(
     output = head(model)
     chunk = chunk or max(1, LOGITS_CHUNK // output.weight.shape[0])
     parts = []
+    weights = list(output.parameters())
     for h, y in zip(hidden.split(chunk), target.split(chunk), strict=True):
-        if torch.is_grad_enabled() and hidden.requires_grad:
-            # Recompute the chunk's logits in backward instead of keeping them.
-            part = checkpoint(_chunk_stats, output, h, y, temperature, also, use_reentrant=False)
+        if torch.is_grad_enabled():
+            part = _Chunk.apply(h, y, output, temperature, also, *weights)
         else:
-            part = _chunk_stats(output, h, y, temperature, also)
+            part = _chunk_stats(output, h, y, temperature, also)[0]
         parts.append(part)
 
     def scatter(values: tuple[torch.Tensor | None, ...]) -> torch.Tensor | None:
@@ -227,22 +168,74 @@ def token_stats(
 
 def _chunk_stats(
     output: nn.Module, h: torch.Tensor, y: torch.Tensor, temperature: float, also: tuple[str, ...]
-) -> tuple[torch.Tensor | None, ...]:
-    """The fields of TokenStats for n tokens, [n] each, from hidden states h [n, H]."""
-    z = logits(output, h)  # [n, V]
+) -> tuple[tuple[torch.Tensor | None, ...], torch.Tensor, torch.Tensor]:
+    """The fields of TokenStats for n tokens, [n] each, from hidden states h [n, H].
+
+    Also returns e = exp(z - max z) [n, V] and its sum over the vocabulary [n], so p = e / sum.
+    Everything is computed without gradient.
+    """
+    z = logits(output, h)  # [n, V]; changed in place, since a pass over new memory costs double
     if temperature != 1.0:
-        z = z / temperature
-    lse = z.logsumexp(-1)  # [n]
-    logp = z.gather(-1, y[:, None])[:, 0] - lse
+        z.div_(temperature)
+    top, likeliest = z.max(-1)  # [n]
+    z.sub_(top[:, None])
+    e = z.exp()
+    total = e.sum(-1)  # [n]
+    log_total = total.log()
+    logp = z.gather(-1, y[:, None])[:, 0] - log_total
     entropy = certainty = alignment = None
-    with torch.no_grad():  # after logp, so the recomputation in backward can stop before this
-        if "entropy" in also:
-            log_p = z - lse[:, None]
-            entropy = -(log_p.exp() * log_p).sum(-1)  # lse - sum p z cancels at small H
-        if "self_certainty" in also:
-            certainty = lse - z.mean(-1) - math.log(z.shape[-1])
-        if "alignment" in also:
-            p = (z - lse[:, None]).exp_()  # [n, V]
-            likeliest, top = p.max(-1)
-            alignment = (y == top).float() - likeliest - logp.exp() + p.square_().sum(-1)
-    return logp, entropy, certainty, alignment
+    if "entropy" in also:
+        entropy = log_total - torch.linalg.vecdot(e, z) / total  # no term is negative
+    if "self_certainty" in also:
+        certainty = log_total - z.mean(-1) - math.log(z.shape[-1])
+    if "alignment" in also:
+        squares = torch.linalg.vecdot(e, e) / total**2
+        alignment = (y == likeliest).float() - 1 / total - logp.exp() + squares
+    return (logp, entropy, certainty, alignment), e, total
+
+
+class _Chunk(torch.autograd.Function):
+    """_chunk_stats with the gradient of logp, which on z is (e_y - p) / temperature.
+
+    If the head is frozen, the forward pass multiplies this by W at once and keeps the result, [n,
+    H]. So nothing is computed again in backward. If the head is trained, its gradient needs the
+    factors from above, and backward computes the logits again.
+    """
+
+    @staticmethod
+    def forward(ctx, h, y, output, temperature, also, *weights):
+        stats, e, total = _chunk_stats(output, h, y, temperature, also)
+        logp, *others = stats
+        ctx.mark_non_differentiable(*(x for x in others if x is not None))
+        ctx.set_materialize_grads(False)
+        ctx.output, ctx.temperature = output, temperature
+        ctx.frozen = type(output) is nn.Linear and not any(ctx.needs_input_grad[5:])
+        if not ctx.frozen:
+            ctx.save_for_backward(h, y, logp)
+        elif ctx.needs_input_grad[0]:
+            # -(e_y - p) times total. 1 - p_y is rounded once here; as a difference it would cancel.
+            e.scatter_(-1, y[:, None], (torch.expm1(logp) * total)[:, None])
+            slope = weighted_rows(e, output.weight) / (-temperature * total[:, None])
+            ctx.save_for_backward(slope.to(h.dtype))
+        return stats
+
+    @staticmethod
+    def backward(ctx, to_logp, *others):
+        rest = [None] * (len(ctx.needs_input_grad) - 1)
+        if to_logp is None:
+            return None, *rest
+        if ctx.frozen:
+            (slope,) = ctx.saved_tensors
+            return (to_logp[:, None] * slope).to(slope.dtype), *rest
+        h, y, logp = ctx.saved_tensors
+        with torch.enable_grad():
+            h = h.detach().requires_grad_(ctx.needs_input_grad[0])
+            z = logits(ctx.output, h)
+        to_z = (z.detach() / ctx.temperature).softmax(-1)
+        to_z.scatter_(-1, y[:, None], torch.expm1(logp)[:, None])  # p - e_y
+        to_z.mul_(to_logp[:, None] / -ctx.temperature)
+        inputs = [h, *ctx.output.parameters()]
+        found = torch.autograd.grad(z, [x for x in inputs if x.requires_grad], to_z)
+        found = iter(found)
+        to_h, *to_weights = [next(found) if x.requires_grad else None for x in inputs]
+        return to_h, None, None, None, None, *to_weights

@@ -15,7 +15,8 @@ from torch import nn
 
 from decoding.kvcache import BUCKET, KVCache, Prompt, StaticCache
 from decoding.sampling import sample
-from model import backbone, head, logits
+from harness.output_layer import logits
+from model import backbone, head
 
 SHRINK = 0.9  # ended rows leave when less than this share of the slots is still decoding
 

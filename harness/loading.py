@@ -18,7 +18,8 @@ from transformers.utils import logging as hf_logging
 from decoding.kvcache import EXPANDED_ATTENTION
 from harness import gguf
 from harness.errors import UserError
-from model import backbone, head, logits
+from harness.output_layer import logits
+from model import backbone, head
 
 # Models with fewer parameters get one CPU thread. For them a second thread costs more than it
 # gains, above all if other work keeps the cores busy (the tiny world once took 12 times as long).

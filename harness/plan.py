@@ -157,9 +157,9 @@ def plan(
     if c._attn_implementation == EXPANDED_ATTENTION:  # keys and values for each query head
         layer += s * 2 * Q
     kept = s * H * c.num_hidden_layers + layer if checkpointing else layer * c.num_hidden_layers
-    # A chunk holds logits five times in fp32 (themselves; in backward the shares of logsumexp and
-    # of the gathered token) and their gradient once in the weights' type. A decoding step holds
-    # them three times in fp32: as the head gives them, over the temperature, as probabilities.
+    # A chunk holds logits twice in fp32, themselves and their exponentials, and three times in the
+    # backward pass of a trained head. A decoding step holds them three times in fp32: as the head
+    # gives them, over the temperature, as probabilities.
     chunk = min(max(1, LOGITS_CHUNK // V), tokens)
     copies, unmerged = 0, 4 * numel
     for x in layers:
@@ -179,7 +179,7 @@ def plan(
         row_step=V * 3 * 4,
         prefill=min(PREFILL_TOKENS, rollout_rows * total_tokens) * (cache + layer),
         activations=tokens * (kept + s * 2 * inner),
-        logits=chunk * V * (s + 5 * 4),
+        logits=chunk * V * 4 * (3 if head(model).weight.requires_grad else 2),
         device=device_memory(next(model.parameters()).device),
         rows=rollout_rows,
     )

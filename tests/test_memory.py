@@ -25,7 +25,7 @@ from harness.runfiles import read_config
 from harness.scale import choose_scale
 from harness.shapes import meta_model
 from lora import add_lora, lora_layers, merged, trainable
-from model import _chunk_stats, backbone, checkpoint_activations, head, token_stats
+from model import _Chunk, backbone, checkpoint_activations, token_stats
 from settings import Config, check
 from tools import memory_table
 from train import train
@@ -84,14 +84,18 @@ def test_planned_activations_are_what_a_backward_holds(model_folders, family, dt
     assert planned.activations == pytest.approx(live.peak, rel=0.3)
 
 
-def test_planned_logits_are_what_the_head_holds(model_folders, monkeypatch):
-    model = lora_model(model_folders["llama"])
-    monkeypatch.setattr(plans, "LOGITS_CHUNK", 97 * 200)
-    planned = plan([model], 8 * 200, 200, 4, False)
-    hidden = torch.randn(1, 200, 64, requires_grad=True)
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_planned_logits_are_what_the_head_holds(model_folders, monkeypatch, dtype, trained):
+    model = lora_model(model_folders["llama"], dtype=dtype)
+    output = torch.nn.Linear(64, 9700, dtype=dtype).requires_grad_(trained)
+    model.set_output_embeddings(output)
+    monkeypatch.setattr(plans, "LOGITS_CHUNK", 9700 * 400)
+    planned = plan([model], 8 * 400, 400, 4, False)
+    hidden = torch.randn(400, 64, dtype=dtype, requires_grad=True)
+    y = torch.zeros(400, dtype=torch.int64)
     with Live(model) as live:
-        logp = _chunk_stats(head(model), hidden[0], torch.zeros(200, dtype=torch.int64), 1.0, ())[0]
-        logp.sum().backward()
+        _Chunk.apply(hidden, y, output, 0.7, (), *output.parameters())[0].sum().backward()
     assert planned.logits == pytest.approx(live.peak, rel=0.3)
 
 

@@ -12,11 +12,13 @@ import model as model_module
 from decoding import slots
 from decoding.kvcache import EXPANDED_ATTENTION
 from engine import TRAIN_NOISE, generate
+from harness import output_layer
 from harness.adapters import load_adapter, save_adapter
 from harness.errors import UserError
 from harness.loading import load_model, load_tokenizer
+from harness.output_layer import logits
 from lora import adapter_off, add_lora, lora_layers, trainable
-from model import checkpoint_activations, end_token_ids, logits, token_stats, turn_end_ids
+from model import checkpoint_activations, end_token_ids, token_stats, turn_end_ids
 
 FAMILIES = ("qwen2", "llama", "olmo2")
 QUANTS = [
@@ -182,17 +184,59 @@ def test_chunk_changes_nothing_forward_or_backward(model_folders):
             assert torch.allclose(a, b, rtol=0, atol=1e-6 * max(1.0, float(a.abs().max())))
 
 
-def test_no_more_than_a_chunk_of_logits_is_held(model_folders):
-    """The largest tensor the head makes, forward and backward (where chunks are recomputed)."""
+@pytest.mark.parametrize("frozen", [True, False])
+def test_no_more_than_a_chunk_of_logits_is_held(model_folders, frozen):
+    """The largest tensor the head makes. A trained head makes each chunk again in backward."""
     model = with_adapter(model_folders["llama"])
+    model.lm_head.weight.requires_grad_(not frozen)
     sizes = []
     model.lm_head.register_forward_hook(lambda m, i, out: sizes.append(out.shape[0]))
     tokens, prompt_len, length = batch(2, n=8)
-    logp = token_stats(model, tokens, prompt_len, length, chunk=7, also=()).logp
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        logp = token_stats(model, tokens, prompt_len, length, chunk=7, also=()).logp
     forward = len(sizes)
     logp.sum().backward()
     assert max(sizes) == 7 and sum(sizes[:forward]) == length.sum()
-    assert len(sizes) == 2 * forward  # once each way: nothing was kept, no padding was multiplied
+    assert len(sizes) == (forward if frozen else 2 * forward)  # no padding was multiplied
+    assert not [t for t in kept if t.shape[-1] == 97 and t is not model.lm_head.weight]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("trained", [(), ("weight",), ("weight", "bias")])
+def test_gradient_of_logp_is_that_of_float64(dtype, temperature, trained):
+    """On the hidden states, also of a token with probability near 1; on a trained head, too."""
+    generator = torch.Generator().manual_seed(0)
+    layer = torch.nn.Linear(64, 97, bias="bias" in trained, dtype=dtype).requires_grad_(False)
+    h = (2 * torch.randn(11, 64, generator=generator)).to(dtype)
+    y = torch.randint(97, (11,), generator=generator)
+    layer.weight.data = torch.randn(97, 64, generator=generator).to(dtype)
+    others = (h[0] @ layer.weight.t()).float().amax()
+    layer.weight.data[y[0]] = (h[0] * (others + 9) / h[0].float().square().sum()).to(dtype)
+    for name in trained:
+        getattr(layer, name).requires_grad_()
+    ours = {"h": h.clone().requires_grad_()}
+    ours |= {name: getattr(layer, name) for name in trained}
+    exact = {k: v.detach().double().requires_grad_() for k, v in ours.items()}
+    weight = exact.get("weight", layer.weight.double())
+    z = exact["h"] @ weight.t() + exact.get("bias", 0)
+    want = (z / temperature).log_softmax(-1)[range(11), y]
+    assert 0.99 < want[0].exp() < 1 - 1e-6
+    stats = model_module._Chunk.apply(
+        ours["h"], y, layer, temperature, ("entropy", "alignment"), *layer.parameters()
+    )
+    assert torch.allclose(stats[0].double(), want, atol=2e-5)
+    assert not stats[1].requires_grad and stats[2] is None
+    upstream = torch.randn(11, generator=generator)
+    stats[0].backward(upstream)
+    want.backward(upstream.double())
+    for name, tensor in ours.items():
+        got, exactly = tensor.grad.double(), exact[name].grad
+        # Rounding is relative to the terms of a sum; 1 - p_y is known to 1e-7.
+        largest = exactly.abs().amax(-1, keepdim=True) if name == "h" else exactly.abs().amax()
+        bound = (2**-7 if dtype == torch.bfloat16 else 1e-5) * largest + 1e-6
+        assert ((got - exactly).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("quant,dtype", QUANTS)
@@ -229,7 +273,7 @@ def test_gradient_checkpointing_changes_no_gradient(model_folders):
 @pytest.mark.parametrize("kind", ["plain", "bias", "tied"])
 def test_bf16_logits_and_their_gradients_are_those_of_float64(kind, monkeypatch):
     """Of the very bf16 numbers: rounded once where a gradient is bf16 itself, not before."""
-    monkeypatch.setattr(model_module, "HEAD_ROWS", 30)  # several blocks, the last one smaller
+    monkeypatch.setattr(output_layer, "HEAD_ROWS", 30)  # several blocks, the last one smaller
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(97, 64, generator=generator).bfloat16()
     h = (4 * torch.randn(11, 64, generator=generator)).bfloat16()

@@ -22,6 +22,7 @@ from engine import TRAIN_NOISE, generate
 from harness import second_model
 from harness.errors import UserError
 from harness.loading import choose_device, load_model
+from harness.output_layer import Float32Logits
 
 pytestmark = pytest.mark.slow
 
@@ -62,12 +63,12 @@ def on(gpu, monkeypatch, dtype="float32"):
         """model.logits, which asks for the device where autograd hides what is pretended."""
         if head.weight.dtype == torch.float32:
             return head(hidden)
-        return model._Float32Logits.apply(hidden, head.weight, head.bias, gpu.has(hidden))
+        return Float32Logits.apply(hidden, head.weight, head.bias, gpu.has(hidden))
 
     monkeypatch.setattr(model, "logits", logits)
     for module in (trainer, evaluation):
         monkeypatch.setattr(module, "load_model", loads)
-        monkeypatch.setattr(module, "choose_device", lambda *a: (GPU, getattr(torch, dtype)))
+        monkeypatch.setattr(module, "choose_device", lambda *a, **k: (GPU, getattr(torch, dtype)))
     # Copying a model copies addresses that nobody tagged.
     monkeypatch.setattr(trainer, "copy", SimpleNamespace(deepcopy=lambda m: put(gpu, deepcopy(m))))
     return captures
