@@ -2,6 +2,7 @@
 
     python train.py config/random_reward.py                     # picks the scale for this machine
     python train.py config/random_reward.py config/model/tiny.py --seed=1
+    torchrun --standalone --nproc_per_node=2 train.py config/random_reward.py     # on two GPUs
     python train.py --help                                      # every setting
 
 Read `one_step` first. `setup` prepares what it needs, and `train` calls it once per step.

@@ -9,6 +9,8 @@ and every function here returns what it is given.
 Signals and errors end all ranks. The first rank then saves the last complete step.
 """
 
+from __future__ import annotations
+
 import io
 import os
 import signal
@@ -86,8 +88,10 @@ def on_first(function: Callable[..., T], *args) -> T:
 def copy_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Give every rank the trainable weights and the optimiser's moments of the first one."""
     if size() > 1:
-        weights = on_first(lambda: {k: v.detach() for k, v in trainable(model).items()})
-        model.load_state_dict(weights, strict=False)
+        weights = on_first(lambda: [weight.detach() for weight in trainable(model).values()])
+        with torch.no_grad():
+            for weight, value in zip(trainable(model).values(), weights, strict=True):
+                weight.copy_(value)
         optimizer.load_state_dict(on_first(optimizer.state_dict))
 
 

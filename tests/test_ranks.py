@@ -21,6 +21,7 @@ from data import partition
 from engine import Generation, join
 from harness import ranks
 from harness.configurator import PROJECT
+from harness.errors import UserError
 from harness.runfiles import read_jsonl
 from settings import Config
 from train import train
@@ -92,6 +93,7 @@ def configs(world: str, folder: Path) -> dict[str, dict]:
         # A reward that reads scores, which each rank has computed for its rows alone
         "scores": replace(base, reward="self_certainty", whiten=True),
         "full": replace(base, lora_r=0, optimizer="sgd", lr=0.1, reward="length"),
+        "null": replace(base, lr=0.0, steps=1, dtype="bfloat16", eval_every=0),
         "resumed": replace(base, steps=1),
     }
     return {name: asdict(replace(cfg, out_dir=str(folder / name))) for name, cfg in runs.items()}
@@ -155,6 +157,23 @@ def test_n_processes_make_the_update_of_one(folders, name, n):
         assert [m.get("reward") for m in logs[0]] == [m.get("reward") for m in logs[1]]
     evals = [sorted((folder / "eval").iterdir()) for folder in (one, many)]
     assert [p.read_text() for p in evals[0]] == [p.read_text() for p in evals[1]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 3])
+def test_the_first_ratio_is_exactly_1_on_every_rank(folders, n):
+    """In bf16: a rank that updates on other micro-batches than it has scored would show here."""
+    (row,) = read_jsonl(folders[n] / "null" / "metrics.jsonl")
+    assert row["ratio_mean"] == row["ratio_max"] == 1 and row["grad_norm"] > 0
+    assert row["clip_frac_low"] == row["clip_frac_high"] == 0
+
+
+def test_weights_that_differ_between_ranks_are_an_error(monkeypatch):
+    weights = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))]
+    ranks.check_equal(weights)
+    monkeypatch.setattr(ranks, "gather", lambda value: [value, value + 1e-9])
+    with pytest.raises(UserError, match="5.0"):
+        ranks.check_equal(weights)
 
 
 # ---------------------------------------------------------------------------------- ending together
