@@ -162,7 +162,7 @@ def test_n_processes_make_the_update_of_one(folders, name, n):
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 3])
 def test_the_first_ratio_is_exactly_1_on_every_rank(folders, n):
-    """In bf16: a rank that updates on other micro-batches than it has scored would show here."""
+    """In bf16, where an update on other micro-batches than the scored ones would show."""
     (row,) = read_jsonl(folders[n] / "null" / "metrics.jsonl")
     assert row["ratio_mean"] == row["ratio_max"] == 1 and row["grad_norm"] > 0
     assert row["clip_frac_low"] == row["clip_frac_high"] == 0

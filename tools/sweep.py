@@ -25,8 +25,8 @@ the effect of the coins largely cancels.
 
 On a cluster, each task of a Slurm job array runs one seed, and they share OUT:
 
-    sbatch --array=0-7 --gres=gpu:1 --wrap "python -m tools.sweep config/random_reward.py \\
-        --clip=both,off --seeds=8 --out=out/clip --task=\\$SLURM_ARRAY_TASK_ID"
+    sbatch --array=0-7 --gres=gpu:1 --wrap 'python -m tools.sweep config/random_reward.py \\
+        --clip=both,off --seeds=8 --out=out/clip --task=$SLURM_ARRAY_TASK_ID'
 
 --task=I runs the arms at seed first_seed + I alone and writes no report. The same command, or
 --only_report=True, reports on all seeds once they are there.
