@@ -30,6 +30,26 @@ class Prompt:
 
 
 BOXED = r"Please reason step by step, and put your final answer within \boxed{}."
+# The template of lighteval, which "A Sober Look at Progress" (arXiv 2504.07086) evaluates with.
+SOBER = (
+    "Solve the following math problem efficiently and clearly. The last line of your response "
+    r"should be of the following format: 'Therefore, the final answer is: $\boxed{ANSWER}$. I hope "
+    "it is correct' (without quotes) where ANSWER is just the final number or expression that "
+    "solves the problem. Think step by step before answering.\n\n{problem}"
+)
+# The first paragraph of LaTeX's filler text (\lipsum[1]), which says nothing about the problem.
+LIPSUM = (
+    "Lorem ipsum dolor sit amet, consectetuer adipiscing elit. Ut purus elit, vestibulum ut, "
+    "placerat ac, adipiscing vitae, felis. Curabitur dictum gravida mauris. Nam arcu libero, "
+    "nonummy eget, consectetuer id, vulputate a, magna. Donec vehicula augue eu neque. "
+    "Pellentesque habitant morbi tristique senectus et netus et malesuada fames ac turpis egestas. "
+    "Mauris ut leo. Cras viverra metus rhoncus sem. Nulla et lectus vestibulum urna fringilla "
+    "ultrices. Phasellus eu tellus sit amet tortor gravida placerat. Integer sapien est, iaculis "
+    "in, pretium quis, viverra ac, nunc. Praesent eget sem vel leo ultrices bibendum. Aenean "
+    "faucibus. Morbi dolor nulla, malesuada eu, pulvinar at, mollis ac, nulla. Curabitur auctor "
+    "semper nulla. Donec varius orci eget risus. Duis nibh mi, congue eu, accumsan eleifend, "
+    "sagittis quis, diam. Duis eget orci sit amet orci dignissim rutrum."
+)
 EXAMPLES = r"""Answer each question with one line.
 
 Question: Tom has 3 pens and buys 4 more. How many pens has he?
@@ -45,6 +65,8 @@ PROMPTS: dict[str, Prompt] = {
     "none": Prompt(chat=False),
     "simplerl": Prompt(user="{problem}\n" + BOXED),
     "math_problem": Prompt("You are a helpful Assistant.", "Math Problem: {problem}"),
+    "sober": Prompt(user=SOBER),
+    "spurious": Prompt(user=LIPSUM + "\n\n{problem}"),
     "code_forced": Prompt(BOXED, prefix="Let's solve this using Python."),
     # For small instruct models (docs/LOG.md, "Prompts for small real models")
     "few_shot": Prompt(user=EXAMPLES, prefix="Answer: "),
@@ -160,6 +182,12 @@ class Rollouts:
         """The majority label of each row's problem, or None if any problem lacks a label."""
         labels = [problem.label for problem in self.problem]
         return labels if all(labels) else None
+
+    @property
+    def to_permute(self) -> list[str] | None:
+        """The list that each row's problem permutes, or None if a problem is of another kind."""
+        kinds = {problem.kind for problem in self.problem}
+        return [p.answer for p in self.problem] if kinds == {"permutations"} else None
 
     @property
     def prompt_index(self) -> torch.Tensor:

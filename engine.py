@@ -104,7 +104,7 @@ def generate(
     progress: Callable[[int, int], None] | None = None,
     numbers: Sequence[int] | None = None,
     budgets: Sequence[int] | None = None,
-    on_end: Callable[[int, list[int], bool], None] | None = None,
+    on_end: Callable[[int, list[int], bool, list[float]], None] | None = None,
 ) -> Generation:
     """Sample group_size responses to each prompt. Row i answers prompt i // group_size.
 
@@ -115,7 +115,7 @@ def generate(
     sample number. Prompts are numbered 0, 1, ... unless numbers is given; with numbers, a long list
     can be sampled piece by piece. progress is called with the number of new tokens and the number
     of rows that have just ended (see Progress). on_end is called once for each row that has ended,
-    with the row, the tokens of its response and whether it finished.
+    with the row, the tokens of its response, whether it finished, and their log-probabilities.
     """
     B = len(prompts) * group_size
     numbers = range(len(prompts)) if numbers is None else numbers
@@ -190,8 +190,9 @@ def _tell(rows: Rows, told: set[int], on_end) -> None:
     over = (rows.finished | (rows.length >= rows.budget)).tolist()
     for row in (row for row, one in enumerate(over) if one and row not in told):
         told.add(row)
-        response = rows.response[row, : int(rows.length[row])].tolist()
-        on_end(row, response, bool(rows.finished[row]))
+        n = int(rows.length[row])
+        response, logp = rows.response[row, :n].tolist(), rows.logp[row, :n].tolist()
+        on_end(row, response, bool(rows.finished[row]), logp)
 
 
 def _slots(model, shape, n, longest) -> tuple[tuple, Slots]:

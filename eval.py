@@ -1,13 +1,15 @@
-"""Measure a model: accuracy, boxed share and code frequency on a set of problems.
+"""Measure a model on a set of problems: accuracy, habits, and how sure the figures are.
 
     python eval.py --model=tiny --k=4 --temperature=1
     python eval.py --run=out/random_reward-tiny-seed0   (the run's model, adapter, data, prompt)
     python eval.py --model=Qwen/Qwen2.5-Math-1.5B --data=math500 --n=100 --level=5
+    python eval.py --model=NAME --prompts=none,qwen_math,simplerl --temperatures=0,0.6
     python eval.py --completions=FILE                   (grade saved completions)
     python eval.py --labels=FILE --model=tiny           (make majority labels: tasks/labels.py)
 
 Every completion is saved as soon as it ends, so the same command continues an interrupted eval. The
-last line printed is one JSON object.
+last line printed is one JSON object. The figures are explained in docs/EVAL.md and computed in
+evaluation/scores.py.
 """
 
 import harness  # noqa: F401  (before torch: see harness/__init__.py)
@@ -20,13 +22,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-import grading
 from data import PROMPTS, Problem, prepare
 from engine import EVAL_NOISE, decode_rows, generate
+from evaluation.invariance import batch_effect
+from evaluation.labelling import make_labels
+from evaluation.prompts import best_of, names_of, prompt_table, temperatures_of, try_all
+from evaluation.report import print_summary
+from evaluation.scores import details, disagreements, grade, summarize
 from harness import ranks
 from harness.adapters import load_adapter
 from harness.configurator import configure
@@ -36,7 +41,7 @@ from harness.partial import Kept, fingerprint
 from harness.progress import Progress
 from harness.runfiles import over_its_base, read_config, save_rows, stale, trained_weights
 from model import end_token_ids
-from tasks import answers, labels, tiny
+from tasks import labels, tiny
 from tasks.datasets import load_completions, load_problems, subset
 from tasks.labels import LabelBy
 
@@ -54,20 +59,23 @@ class EvalConfig:
     completions: str = ""  # .jsonl with problem, answer, completions (a list), to be graded
     quant: Literal["none", "nf4"] = "none"  # nf4: 4-bit weights; not given: as in the adapter
     # Which problems
-    data: str = "math500"  # math500, gsm8k, a .jsonl file, a folder, a hub id, tiny
+    data: str = "math500"  # a name (math500, aime24, ...: docs/EVAL.md), .jsonl, folder, hub id
     n: int = 0  # number of problems, drawn with a fixed seed; 0 = all
     level: str = ""  # only problems of this level, e.g. 5
     subject: str = ""  # only problems of this subject, e.g. Algebra
     prompt: str = "qwen_math"  # prompt format, one of data.PROMPTS, e.g. qwen_math, none
+    prompts: str = ""  # instead of prompt, to compare several: none,qwen_math,simplerl
     # How responses are sampled
     k: int = 1  # samples per problem (avg@k)
     temperature: float = 0.0  # 0 = greedy
+    temperatures: str = ""  # instead of temperature, to compare several: 0,0.6,1
     top_p: float = 1.0  # nucleus sampling, 1 = off
     top_k: int = 0  # sample from the k likeliest tokens, 0 = off
     max_prompt_tokens: int = 1024  # longer prompts are dropped; their number is printed
     max_new_tokens: int = 3072  # longest response, in tokens
     rollout_rows: int = 64  # responses decoded at once; this bounds the KV cache
     seed: int = 0  # seed of the samples
+    check_batch: int = 4  # problems that are sampled again to measure what the batch changes
     device: str = "auto"  # auto = cuda if available, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: harness/loading.py
     out: str = ""  # folder for completions.jsonl and summary.json; "" = run/eval or out/eval-MODEL
@@ -79,41 +87,6 @@ class EvalConfig:
 
 
 # ------------------------------------------------------------------------------------ measurement
-
-
-def summarize(rows: list[dict]) -> dict:
-    """Compute the figures of graded rows.
-
-    A row has completions, correct and maybe finish_reason, each a list of k.
-
-    accuracy is the mean of correct. stderr is the standard error over problems, because k samples
-    of one problem are not k problems. boxed is the share with a non-empty last box. code_frequency
-    is the share that contains "python". accuracy_code and accuracy_language are over the responses
-    with and without code, None if there are none. truncated is the share that ran out of tokens,
-    None if unknown.
-    """
-    per_problem = np.array([np.mean(row["correct"]) for row in rows])
-    correct = np.array([c for row in rows for c in row["correct"]], dtype=float)
-    texts = [text for row in rows for text in row["completions"]]
-    code = np.array(["python" in text.lower() for text in texts])
-    boxed = np.array([grading.last_boxed(text) is not None for text in texts])
-    reasons = [reason for row in rows for reason in row.get("finish_reason") or []]
-    n = len(rows)
-
-    def share(values: np.ndarray) -> float | None:
-        return float(values.mean()) if len(values) else None
-
-    return {
-        "accuracy": float(per_problem.mean()),
-        "stderr": float(per_problem.std(ddof=1) / np.sqrt(n)) if n > 1 else None,
-        "boxed": float(boxed.mean()),
-        "code_frequency": float(code.mean()),
-        "accuracy_code": share(correct[code]),
-        "accuracy_language": share(correct[~code]),
-        "truncated": share(np.array([reason == "length" for reason in reasons])),
-        "n": n,
-        "k": len(rows[0]["completions"]),
-    }
 
 
 @dataclass(frozen=True)
@@ -144,10 +117,11 @@ def evaluate(
 ) -> tuple[dict, list[dict]]:
     """Sample responses to each (problem, prompt token ids), grade them and summarize.
 
-    Returns (summary, rows). The rows have the columns problem, answer, completions, correct and
-    finish_reason. The samples are a function of the seed and a problem's position in items. path is
-    the file for the rows. With it, an interrupted eval continues from the rows that it has kept
-    (harness/partial.py).
+    Returns (summary, rows). A row has the problem's columns, its prompt as text, and of each sample
+    completions, correct, finish_reason, tokens (of the response) and logprob (their summed
+    log-probability at the sampling temperature). The samples are a function of the seed and a
+    problem's position in items. path is the file for the rows. With it, an interrupted eval
+    continues from the rows that it has kept (harness/partial.py).
     """
     settings = {}
     if ranks.rank():
@@ -163,7 +137,7 @@ def evaluate(
             _sample(model, tokenizer, items, mine, sampling, desc, kept)
         for rows in ranks.gather({i: kept.rows[i] for i in mine}):
             kept.rows |= rows
-        rows = ranks.on_first(_graded, items, kept)
+        rows = ranks.on_first(_graded, tokenizer, items, kept)
         if path is not None:
             save_rows(rows, path)
             kept.drop()
@@ -181,15 +155,20 @@ def _sample(
 ) -> None:
     """Sample the problems in left (numbers of items). Keep each when its last copy has ended."""
     copies = sampling.copies
-    ended: list[dict[int, tuple[str, str]]] = [{} for _ in left]  # per problem: copy -> result
+    ended: list[dict[int, dict]] = [{} for _ in left]  # per problem: copy -> its columns
 
-    def on_end(row: int, response: list[int], finished: bool) -> None:
+    def on_end(row: int, response: list[int], finished: bool, logp: list[float]) -> None:
         (text,) = decode_rows(tokenizer, [response], sampling.prefix)
         one = ended[row // copies]
-        one[row % copies] = (text, "stop" if finished else "length")
+        one[row % copies] = {
+            "completions": text,
+            "finish_reason": "stop" if finished else "length",
+            "tokens": response,
+            "logprob": round(sum(logp), 4),
+        }
         if len(one) == copies:
-            texts, reasons = zip(*(one[copy] for copy in range(copies)), strict=True)
-            kept.add(left[row // copies], list(texts), list(reasons))
+            columns = {key: [one[copy][key] for copy in range(copies)] for key in one[0]}
+            kept.add(left[row // copies], columns)
 
     with Progress(len(left) * copies, desc, leave=False) as progress:
         generate(
@@ -209,54 +188,17 @@ def _sample(
         )
 
 
-def _graded(items: Items, kept: Kept) -> list[dict]:
+def _graded(tokenizer: PreTrainedTokenizerBase, items: Items, kept: Kept) -> list[dict]:
     """The rows of an eval, graded in one batch."""
-    done = [kept.rows[i] for i in range(len(items))]
-    texts = [text for row in done for text in row["completions"]]
-    asked = [p for (p, _), row in zip(items, done, strict=True) for _ in row["completions"]]
-    correct = iter(answers.correct(texts, asked))
-    return [
-        {
-            "problem": problem.problem,
-            "answer": problem.answer,
-            "completions": row["completions"],
-            "correct": [bool(next(correct)) for _ in row["completions"]],
-            "finish_reason": row["finish_reason"],
-        }
-        for (problem, _), row in zip(items, done, strict=True)
-    ]
+    rows = []
+    for i, (problem, ids) in enumerate(items):
+        columns = ("problem", "answer", "id", "subject", "level", "kind")
+        row = {key: getattr(problem, key) for key in columns}
+        rows.append({**row, "prompt": tokenizer.decode(ids), **kept.rows[i]})
+    return grade(rows)
 
 
 # ------------------------------------------------------------------------------------ command line
-
-
-def grade_completions(rows: list[dict]) -> tuple[dict, list[dict], list[tuple[int, int]]]:
-    """Grade saved completions.
-
-    Returns the summary, the graded rows, and the [(row, sample)] whose verdict differs from the
-    saved `correct` column. The summary also has lenient_accuracy, which accepts answers in prose
-    (never used as a reward), and agreement with the `correct` column if all rows have one.
-    """
-    texts = [text for row in rows for text in row["completions"]]
-    golds = [row["answer"] for row in rows for _ in row["completions"]]
-    verdicts = iter(grading.correct(texts, golds))
-    graded = [
-        {**row, "correct": [bool(next(verdicts)) for _ in row["completions"]]} for row in rows
-    ]
-    summary = summarize(graded)
-    lenient = grading.grader().grade([grading.lenient_answer(t) for t in texts], golds)
-    summary["lenient_accuracy"] = float(np.mean(lenient))
-    summary["grader_timeouts"] = grading.grader().timeouts
-    odd = []
-    if all(isinstance(row.get("correct"), list) for row in rows):
-        odd = [
-            (i, j)
-            for i, (old, new) in enumerate(zip(rows, graded, strict=True))
-            for j, (a, b) in enumerate(zip(old["correct"], new["correct"], strict=True))
-            if bool(a) != b
-        ]
-        summary["agreement"] = 1 - len(odd) / len(texts)
-    return summary, graded, odd
 
 
 def fill(cfg: EvalConfig, given: dict) -> EvalConfig:
@@ -272,6 +214,8 @@ def fill(cfg: EvalConfig, given: dict) -> EvalConfig:
             values["data"] = saved["train_data"]
         else:
             values |= {key: saved[f"eval_{key}"] for key in ("data", "n", "k", "temperature")}
+            values["max_new_tokens"] = saved.get("eval_new_tokens") or saved["max_new_tokens"]
+            values["seed"] = saved["seed"]
             values |= trained_weights(cfg.run)
     elif tiny.is_tiny(cfg.model):
         values = {"data": cfg.model, "prompt": "none", "max_prompt_tokens": 32}
@@ -295,112 +239,106 @@ def load_for_eval(cfg: EvalConfig) -> tuple[torch.nn.Module, PreTrainedTokenizer
     return model, tokenizer
 
 
-def print_summary(summary: dict, folder: Path | None) -> None:
-    """Print the figures. The last line is the summary as one JSON object."""
-
-    def percent(x: float | None) -> str:
-        return "   -  " if x is None else f"{100 * x:5.1f}%"
-
-    stderr = summary["stderr"]
-    print(
-        f"accuracy        {percent(summary['accuracy'])}"
-        + (f" +- {100 * stderr:.1f} (standard error)" if stderr is not None else "")
+def measure(
+    cfg: EvalConfig,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Items,
+    folder: Path,
+) -> tuple[dict, list[dict]]:
+    """Evaluate, and save the completions and all figures in the folder."""
+    prefix = PROMPTS[cfg.prompt].prefix
+    filters = (cfg.top_p, cfg.top_k)
+    sampling = Sampling(
+        cfg.k, cfg.temperature, cfg.max_new_tokens, cfg.seed, cfg.rollout_rows, *filters, prefix
     )
-    print(f"  with code     {percent(summary['accuracy_code'])}")
-    print(f"  without       {percent(summary['accuracy_language'])}")
-    for key in ("boxed", "code_frequency", "truncated", "lenient_accuracy", "agreement"):
-        if key in summary:
-            print(f"{key:<16}{percent(summary[key])}")
-    print(f"problems x k    {summary['n']} x {summary['k']}")
-    if folder:
-        print(f"saved           {folder}/completions.jsonl, summary.json")
-    print(json.dumps(summary))
+    path = folder / "completions.jsonl"
+    summary, rows = evaluate(model, tokenizer, items, sampling, path=path)
+    summary |= details(rows) | {"temperature": cfg.temperature}
+    if cfg.check_batch:
+        summary["batch"] = batch_effect(
+            model,
+            tokenizer,
+            items[: cfg.check_batch],
+            sampling.copies,
+            cfg.max_new_tokens,
+            end_token_ids(model, tokenizer),
+            (EVAL_NOISE, cfg.seed),
+            (cfg.temperature, *filters),
+            cfg.rollout_rows,
+            prefix,
+        )
+    (folder / "summary.json").write_text(json.dumps({**vars(cfg), **summary}, indent=1) + "\n")
+    return summary, rows
 
 
-def make_labels(cfg: EvalConfig) -> None:
-    """Handle --labels=FILE: make the file, continue it, or report again what is in it."""
-    if cfg.k < 2 or cfg.temperature <= 0:
-        raise UserError("labels: a majority wants k of 2 or more and a temperature above 0")
-    name = tiny.resolve(cfg.model)
-    tokenizer = load_tokenizer(name)
-    problems = subset(load_problems(tiny.resolve(cfg.data), "train"), cfg.n, cfg.level, cfg.subject)
-    items, too_long = prepare(problems, cfg.prompt, tokenizer, cfg.max_prompt_tokens)
-    # No label depends on the settings in free. The tiny model's folder is named after its recipe.
-    free = ("run", "completions", "out", "labels", "label_by", "rollout_rows", "device")
-    settings = {key: value for key, value in vars(cfg).items() if key not in free}
-    settings["model"] = Path(name).name if tiny.is_tiny(cfg.model) else cfg.model
-    settings["dtype"] = str(choose_device(cfg.device, cfg.dtype, name)[1])
-    settings["problems"] = labels.fingerprint(items)
-    with labels.LabelFile(cfg.labels, settings, len(items)) as file:
-        if len(file.rows) < len(items):
-            model, _ = load_for_eval(cfg)
-            check_positions(model, cfg.max_prompt_tokens, cfg.max_new_tokens)
-            for rows in labels.label(
-                model,
-                tokenizer,
-                items,
-                cfg.k,
-                cfg.max_new_tokens,
-                cfg.seed,
-                cfg.temperature,
-                cfg.top_p,
-                cfg.top_k,
-                cfg.rollout_rows,
-                first=len(file.rows),
-                prefix=PROMPTS[cfg.prompt].prefix,
-            ):
-                file.add(rows)
-        file.finish(cfg.label_by)
-    labels.print_labels(labels.summarize(file.rows, cfg.label_by, too_long), file.path)
+def grade_file(file: str) -> None:
+    """Handle --completions=FILE: grade saved completions, and name verdicts that changed."""
+    rows = load_completions(file)
+    graded = grade(rows)
+    summary = summarize(graded) | details(graded)
+    changed = disagreements(rows, graded)
+    if changed is not None:
+        summary["agreement"] = 1 - len(changed) / sum(len(row["correct"]) for row in graded)
+    for i, j in changed or ():
+        print(f"differs from `correct`: row {i} sample {j}")
+    print_summary(summary, None)
 
 
-def main(argv: list[str]) -> None:
-    cfg, sources = configure(EvalConfig, argv)
-    for key in ("completions", "out") if cfg.labels else ():
+def check(cfg: EvalConfig, given: dict) -> None:
+    """Raise UserError for settings that cannot work together, or cannot work at all."""
+    for key in ("completions", "out", "prompts", "temperatures") if cfg.labels else ():
         if getattr(cfg, key):
             raise UserError(
                 f"{key} has no effect with --labels=FILE, which samples and writes FILE"
             )
-    if not cfg.labels and "label_by" in sources.given:
+    if not cfg.labels and "label_by" in given:
         raise UserError("label_by acts only with --labels=FILE")
+    for key in ("prompt", "temperature"):
+        if getattr(cfg, f"{key}s") and key in given:
+            raise UserError(f"{key} has no effect with {key}s={getattr(cfg, f'{key}s')}")
+    names_of(cfg.prompts, "none")  # both refuse what they cannot read
+    temperatures_of(cfg.temperatures, 0.0)
+    least = {"k": 1, "rollout_rows": 1, "max_new_tokens": 1, "check_batch": 0, "temperature": 0}
+    for key, value in least.items():
+        if getattr(cfg, key) < value:
+            raise UserError(f"{key}={getattr(cfg, key)}: must be at least {value}")
+
+
+def main(argv: list[str]) -> None:
+    cfg, sources = configure(EvalConfig, argv)
+    check(cfg, sources.given)
     if cfg.completions:
-        summary, _, odd = grade_completions(load_completions(cfg.completions))
-        for i, j in odd:
-            print(f"differs from `correct`: row {i} sample {j}")
-        print_summary(summary, None)
+        grade_file(cfg.completions)
         return
     cfg = fill(cfg, sources.given)
     if not cfg.model:
         raise UserError("nothing to measure: name --model=..., --run=FOLDER or --completions=FILE")
-    for key in ("k", "rollout_rows", "max_new_tokens"):
-        if getattr(cfg, key) < 1:
-            raise UserError(f"{key}={getattr(cfg, key)}: must be at least 1")
     if cfg.labels:
-        make_labels(cfg)
+        make_labels(cfg, load_for_eval)
         return
-    if cfg.temperature == 0 and cfg.k > 1:
+    if cfg.temperature == 0 and cfg.k > 1 and not cfg.temperatures:
         print(f"warning: k={cfg.k} acts only with temperature > 0; one greedy sample a problem")
     problems = subset(load_problems(tiny.resolve(cfg.data), "test"), cfg.n, cfg.level, cfg.subject)
     model, tokenizer = load_for_eval(cfg)
     check_positions(model, cfg.max_prompt_tokens, cfg.max_new_tokens)
+    name = Path(cfg.model).name
+    folder = Path(cfg.out or (Path(cfg.run) / "eval" if cfg.run else Path("out") / f"eval-{name}"))
+    if cfg.prompts or cfg.temperatures:
+
+        def one(cfg: EvalConfig, items: Items, folder: Path) -> tuple[dict, list[dict]]:
+            return measure(cfg, model, tokenizer, items, folder)
+
+        settings = try_all(cfg, problems, tokenizer, one, folder)
+        table, best = prompt_table(settings, cfg.data), best_of(settings)
+        (folder / "prompts.md").write_text(table + "\n")
+        print(f"\n{table}\n\nsaved in {folder}: prompts.md, a folder for each setting")
+        print(json.dumps({"prompt": best.prompt, "temperature": best.temperature} | best.summary))
+        return
     items, dropped = prepare(problems, cfg.prompt, tokenizer, cfg.max_prompt_tokens)
     if dropped:
         print(f"{dropped} problems longer than {cfg.max_prompt_tokens} prompt tokens dropped")
-    name = Path(cfg.model).name
-    folder = Path(cfg.out or (Path(cfg.run) / "eval" if cfg.run else Path("out") / f"eval-{name}"))
-    sampling = Sampling(
-        cfg.k,
-        cfg.temperature,
-        cfg.max_new_tokens,
-        cfg.seed,
-        cfg.rollout_rows,
-        cfg.top_p,
-        cfg.top_k,
-        PROMPTS[cfg.prompt].prefix,
-    )
-    path = folder / "completions.jsonl"
-    summary, _ = evaluate(model, tokenizer, items, sampling, path=path)
-    (folder / "summary.json").write_text(json.dumps({**vars(cfg), **summary}, indent=1) + "\n")
+    summary, _ = measure(cfg, model, tokenizer, items, folder)
     print_summary(summary, folder)
 
 

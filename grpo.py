@@ -161,6 +161,7 @@ def policy_loss(
 
     Returns the scalar loss and a dict of statistics. These are sums over tokens:
       tokens, ratio
+      outside                                    number of tokens outside the band (see outside)
       clip_low, clip_high                        number of clipped tokens (see clipped)
       prob_bins, clip_low_bins, clip_high_bins   int [BINS], the same counts by old probability
       clip_pull_low, clip_pull_high              see clip_pull; only if alignment [b, R] is given
@@ -188,6 +189,7 @@ def policy_loss(
         stats = {
             "tokens": counts.sum(),
             "ratio": ratio.masked_fill(~mask, 0.0).sum(),
+            "outside": outside(ratio, mask, clip_low, clip_high).sum(),
             "ratio_max": ratio.max(),  # a masked column holds its row's ratio or exactly 1
             "clip_low": counts[2].sum(),
             "clip_high": counts[1].sum(),
@@ -241,6 +243,17 @@ def clipped(
     """
     above, below = mask & (ratio > high), mask & (ratio < low)
     return above & ((A > 0) | (A != 0) & (loss == "cispo")), below & (A < 0)
+
+
+def outside(
+    ratio: torch.Tensor, mask: torch.Tensor, clip_low: float, clip_high: float
+) -> torch.Tensor:
+    """Find the tokens whose ratio is outside [1 - clip_low, 1 + clip_high], bool [b, R].
+
+    Neither the sign of the advantage nor the clip that is switched on matters: with clip=off these
+    are the tokens that a clip could have met. ratio and mask are [b, R].
+    """
+    return mask & ((ratio < 1 - clip_low) | (ratio > 1 + clip_high))
 
 
 def clip_pull(removed: torch.Tensor, alignment: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import grading
 import grpo
 import rewards
 from data import Rollouts
+from evaluation.collapse import collapse_step
 from harness.expressions import Reward
 from harness.token_log import token_log
 from tasks import answers
@@ -31,8 +32,9 @@ def describe(
     exist: the mean, the group std (unbiased, averaged over groups), the share of flat groups, and
     the AUROC against correctness (None if all or no responses are right). The keys of a watched
     reward start with its own name. A watched reward that fails is logged as None, with one warning;
-    failed holds the names that were already warned about. Metrics that need the base policy are
-    None if it did not score this step.
+    failed holds the names that were already warned about. pass_at_group is the share of prompts
+    with a right response in their group (pass@k, k = group size). Entropy and self-certainty are
+    means over tokens. Metrics that need the base policy are None if it did not score this step.
     """
     tokens = r.length.sum().item()
     correct = torch.tensor(answers.correct(r.text, r.problem))
@@ -41,6 +43,7 @@ def describe(
     trained = summarize_reward(reward, correct, r.group_size)
     near_flat = grpo.flat_groups(reward, r.group_size, rounding).float().mean().item()
     kl = None if r.ref_logp is None else grpo.kl(r.old_logp, r.ref_logp)[r.mask].mean().item()
+    solved = correct.view(-1, r.group_size).any(1)  # [P]
     metrics = {
         "reward": trained["mean"],
         "reward_std": trained["std"],
@@ -48,6 +51,7 @@ def describe(
         "flat_by_rounding": near_flat - trained["flat"],
         "reward_auroc": trained["auroc"],
         "accuracy": correct.float().mean().item(),
+        "pass_at_group": solved.float().mean().item(),
         "code_frequency": rewards.parse("python")(r).mean().item(),
         "boxed": rewards.parse("format")(r).mean().item(),
         "length": length.mean().item(),
@@ -55,11 +59,14 @@ def describe(
         "length_wrong": None if correct.all() else length[~correct].mean().item(),
         "truncated": 1 - r.finished.float().mean().item(),
         "entropy": r.entropy.sum().item() / tokens,
+        **by_correctness(r.entropy, r, correct, "entropy"),
         "token_prob": r.old_logp[r.mask].exp().mean().item(),
         "kl": kl,
         "sampler_gap": gap.sum().item() / tokens,
         "sampler_gap_max": gap.max().item(),
     }
+    if r.self_certainty is not None:
+        metrics |= by_correctness(r.self_certainty, r, correct, "self_certainty")
     for one in watched:
         if one.missing(r) in ([], ["base_self_certainty"]):  # base_every may skip the base
             summary = watch(one, r, correct, failed)
@@ -121,6 +128,39 @@ def describe_clip(
     }
 
 
+def describe_updates(stats: list[list[dict[str, torch.Tensor]]], tokens: list[int]) -> dict:
+    """Describe each optimiser update of a step, in order: lists of one number per update.
+
+    stats[i] has the statistics of grpo.policy_loss of the micro-batches of update i, and tokens[i]
+    is the number of tokens in the loss of its whole mini-batch. clip_frac_by_update is the share of
+    these tokens that was clipped. outside_by_update is the share outside the band, over the tokens
+    of rows that the update did not leave out, None if there are none. Both are 0 at the first
+    update, where every ratio is 1.
+    """
+
+    def total(part: list[dict[str, torch.Tensor]], *keys: str) -> float:
+        return sum(float(s[key]) for s in part for key in keys)
+
+    clipped = [total(part, "clip_low", "clip_high") for part in stats]
+    measured = [(total(part, "outside"), total(part, "tokens")) for part in stats]
+    return {
+        "clip_frac_by_update": [c / max(n, 1) for c, n in zip(clipped, tokens, strict=True)],
+        "outside_by_update": [k / n if n else None for k, n in measured],
+    }
+
+
+def by_correctness(values: torch.Tensor, r: Rollouts, correct: torch.Tensor, name: str) -> dict:
+    """The mean of token values [B, R] over the tokens of right and of wrong responses.
+
+    correct is bool [B]. The keys are {name}_correct and {name}_wrong, None if there are none.
+    """
+    found = {}
+    for key, rows in (("correct", correct), ("wrong", ~correct)):
+        tokens = r.mask & rows[:, None]
+        found[f"{name}_{key}"] = values[tokens].mean().item() if rows.any() else None
+    return found
+
+
 def summarize_reward(value: torch.Tensor, correct: torch.Tensor, group_size: int) -> dict:
     """mean, std, flat and auroc (see describe) of a reward float32 [B]; correct is bool [B]."""
     auroc = rewards.auroc(value.numpy(), correct.numpy())
@@ -175,6 +215,8 @@ def summary_table(history: list[dict], folder: Path) -> None:
         values = [m[key] for m in rows if m.get(key) is not None]
         if values:
             print(f"{key:<24}{values[0]:>10.4f}{values[-1]:>10.4f}")
+    if (step := collapse_step(steps)) is not None:
+        print(f"collapsed at step {step}: accuracy stays below half of its best (docs/EVAL.md)")
     seconds = sum(m["seconds"] for m in steps)
     print(f"{len(steps)} steps, {seconds / 60:.1f} min; run folder {folder}")
     print(f"look at it: python -m tools.plot {folder}   python sample.py --run={folder}")

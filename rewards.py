@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 import grading
+from evaluation import exploration
 from harness import expressions
 from harness.expressions import Entry, Reward
 from tasks import answers
@@ -145,8 +146,8 @@ def semantic_entropy(rollouts) -> Tensor:
 def _clusters(rollouts) -> Tensor:
     """int64 [B]: the first row of the group with an equivalent answer; -1 for no answer."""
     if rollouts.cluster is None:  # computed once, since several rewards use it
-        found = answers.found(rollouts.text, rollouts.problem)
-        clusters = grading.clusters(found, rollouts.prompt_index.tolist())
+        groups = rollouts.prompt_index.tolist()
+        clusters = answers.clusters(rollouts.text, rollouts.problem, groups)
         rollouts.cluster = torch.tensor(clusters)
     return rollouts.cluster
 
@@ -195,7 +196,18 @@ def contains(rollouts, word: str) -> Tensor:
     formula="0 if a pattern of 10 to 256 characters stands 10 times in a row, else 1", source="SR"
 )
 def no_repetition(rollouts) -> Tensor:
-    return _float(not _repeats(text) for text in rollouts.text)
+    return _float(not repeats(text) for text in rollouts.text)
+
+
+@reward(
+    formula="share of a list's distinct permutations that a search trace finds; for problems of "
+    "the kind `permutations`",
+    source="Wandering Solution Explorers 2505.20296",
+    needs=("to_permute",),
+)
+def coverage(rollouts) -> Tensor:
+    traces = zip(rollouts.text, rollouts.to_permute, strict=True)
+    return _float(exploration.audit(text, items).coverage for text, items in traces)
 
 
 @reward(formula="response length in tokens, end token included", source="ours", needs=("length",))
@@ -208,7 +220,7 @@ def constant(rollouts, c: float = 1.0) -> Tensor:
     return torch.full((len(rollouts.text),), float(c))
 
 
-def _repeats(text: str, shortest: int = 10, longest: int = 256, times: int = 10) -> bool:
+def repeats(text: str, shortest: int = 10, longest: int = 256, times: int = 10) -> bool:
     """Whether some pattern of shortest to longest characters occurs `times` times in a row.
 
     A pattern of d characters means that text[i] == text[i + d] for (times - 1) d consecutive i. For

@@ -63,7 +63,7 @@ from harness.stopping import LastStep, StopOnSignal
 from harness.token_log import keep_log_ratio, share_log_ratio
 from harness.trackers import open_tracker
 from lora import adapter_off, add_lora, trainable
-from metrics import describe, describe_clip, sample_log, summary_table
+from metrics import describe, describe_clip, describe_updates, sample_log, summary_table
 from model import TokenStats, checkpoint_activations, end_token_ids, rounding_error, token_stats
 from settings import (
     Config,
@@ -327,7 +327,7 @@ def update(
     """Make one pass over the step's mini-batches, with one optimiser update for each.
 
     advantage is float32 [B]. A micro-batch without any gradient is left out. Returns the clip
-    statistics, the ratios, the share of rows left out, the gradient norm and the learning rate.
+    statistics, the ratios, the share of rows left out, the gradient norms and the learning rate.
     Raises UserError if the gradient is not finite.
     """
     in_loss = tokens_in_loss(rollouts, cfg)
@@ -336,13 +336,15 @@ def update(
     parameters = list(trainable(model).values())
     also = ("alignment",) if can_clip(cfg) else ()
     first = (rollouts.step - 1) * cfg.updates_per_step  # updates done before this step
-    seen, norms = [], []
+    seen, norms, tokens = [], [], []
     dealt = ranks.deal(parts)
     for i, (mini, mine) in enumerate(zip(_bar(parts, "  update"), dealt, strict=True), start=first):
         # The normaliser covers the whole mini-batch, so its split into micro-batches does not
         # change the gradient.
         rows_in_mini = [row for rows in mini for row in rows]
         normalizer = grpo.normalizer(in_loss[rows_in_mini], cfg.loss_agg, cfg.max_new_tokens)
+        tokens.append(int(in_loss[rows_in_mini].sum()))
+        seen.append([])
         for parameter in parameters:  # an optimiser skips parameters without a gradient
             parameter.grad = torch.zeros_like(parameter)
         left_out += [row for rows in mini if idle[rows].all() for row in rows]
@@ -354,7 +356,7 @@ def update(
             loss.backward()
             if cfg.log_tokens:
                 keep_log_ratio(rollouts, rows, scored.logp)
-            seen.append(stats)
+            seen[-1].append(stats)
         ranks.add([parameter.grad for parameter in parameters])
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm))
         if not math.isfinite(norm):
@@ -369,11 +371,14 @@ def update(
     ranks.check_equal(parameters)
     if cfg.log_tokens:
         share_log_ratio(rollouts)
-    seen = [stats for one in ranks.gather(seen) for stats in one]
+    seen = [sum(by_rank, []) for by_rank in zip(*ranks.gather(seen), strict=True)]
+    all_stats = [stats for update in seen for stats in update]
     return {
-        **describe_clip(seen, rollouts.old_logp[left_out], in_loss[left_out]),
+        **describe_clip(all_stats, rollouts.old_logp[left_out], in_loss[left_out]),
         "rows_left_out": len(left_out) / len(rollouts.text),
+        **describe_updates(seen, tokens),
         "grad_norm": float(np.mean(norms)),
+        "grad_norm_max": max(norms),
         "lr": optimizer.param_groups[0]["lr"],
     }
 

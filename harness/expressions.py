@@ -29,6 +29,7 @@ from harness.errors import UserError
 # What the user lacks, by the field of the rollouts that is missing.
 MISSING = {
     "label": "majority labels in the data: make them with `python eval.py --labels=FILE`",
+    "to_permute": "problems of the kind permutations: `python -m tools.exploration --build=FOLDER`",
     "cross_logp": "the scores of a second model, which only training computes",
 }
 

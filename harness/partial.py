@@ -89,9 +89,8 @@ class Kept:
             self.file.clear()
             self.file.append([settings])
 
-    def add(self, i: int, completions: list[str], finish_reason: list[str]) -> None:
-        """Store the completions of problem i."""
-        row = {"completions": completions, "finish_reason": finish_reason}
+    def add(self, i: int, row: dict) -> None:
+        """Store what came of problem i."""
         self.rows[i] = row
         if self.file:
             self.file.append([{"i": i, **row}])

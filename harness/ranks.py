@@ -97,23 +97,24 @@ def copy_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 def check_equal(parameters: list[nn.Parameter]) -> None:
     """Raise UserError unless the ranks' weights have the same sum."""
-    sums = gather(sum(float(p.detach().sum(dtype=torch.float64)) for p in parameters))
+    if size() == 1:
+        return
+    sums = gather(float(sum(p.detach().sum(dtype=torch.float64) for p in parameters)))
     if len(set(sums)) > 1:
         raise UserError(f"the weights of the processes differ (their sums are {sums}): resume")
 
 
 def _from(source: int, value: T) -> T:
-    """The value of the rank `source`."""
-    buffer = io.BytesIO()
+    """A copy of the value of the rank `source`."""
+    buffer, length = io.BytesIO(), torch.zeros(1, dtype=torch.int64)
     if rank() == source:
         torch.save(value, buffer)
-    data = torch.frombuffer(bytearray(buffer.getvalue() or b"-"), dtype=torch.uint8)
-    length = torch.tensor([len(data)])
+        length += buffer.tell()
     _wait(dist.broadcast(length, source, async_op=True))
-    data = data if rank() == source else torch.empty(int(length), dtype=torch.uint8)
-    _wait(dist.broadcast(data, source, async_op=True))
+    data = torch.zeros(int(length), dtype=torch.uint8)
     if rank() == source:
-        return value
+        data = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+    _wait(dist.broadcast(data, source, async_op=True))
     return torch.load(io.BytesIO(data.numpy()), map_location="cpu", weights_only=False)
 
 
@@ -161,12 +162,12 @@ def together() -> Iterator[None]:
 def _speaks(store: dist.Store, error: BaseException) -> bool:
     """Whether this rank reports its error. The first rank always does. Another rank leaves it to
     the first one, or to another that failed in the same way, unless its error is its own."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # this rank is ending already
     with suppress(RuntimeError):  # the store may have ended together with torchrun
         if rank() == 0:
             store.set(LAST_WORDS, str(error))
             return True
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)  # this rank is ending already
         deadline = time.monotonic() + PATIENCE
         while not (said := store.check([LAST_WORDS])) and time.monotonic() < deadline:
             time.sleep(0.05)

@@ -16,7 +16,7 @@ from harness.errors import UserError
 from harness.runfiles import read_config, read_jsonl
 from tasks import answers
 from tasks.datasets import load_completions
-from tools.parts.arms import RUN_KEYS, differences, every_knob
+from tools.parts.arms import RUN_KEYS, differences, every_setting
 
 
 @dataclass
@@ -165,7 +165,7 @@ def uses_code(text: str) -> bool:
 def _run(folder: Path) -> dict:
     """The settings of a run, where it came from, and the responses that it logged."""
     saved = json.loads((folder / "config.json").read_text())
-    config = every_knob(read_config(folder))
+    config = every_setting(read_config(folder))
     samples = []
     for row in read_jsonl(folder / "samples.jsonl"):
         row = {key: row.get(key) for key in SAMPLE_KEYS} | {"code": uses_code(row["response"])}

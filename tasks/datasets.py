@@ -1,19 +1,17 @@
 """Data sets: problems from files, from the hub or made on the spot, and saved completions."""
 
 import json
-import math
 import re
 import sys
 from collections.abc import Iterable
-from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
 from data import Problem, rng
 from evaluation import interop
-from grading import last_boxed
 from harness.errors import UserError
 from tasks import arithmetic
+from tasks.rows import is_chat, normal_level, problem_of
 
 SUBSET = 101  # first key of the generator of subset
 
@@ -24,10 +22,13 @@ HUB = {
     "deepscaler": "agentica-org/DeepScaleR-Preview-Dataset",
     "gsm8k": "openai/gsm8k:main",
     "svamp": "ChilleD/SVAMP",
+    "aime24": "math-ai/aime24",
+    "aime25": "math-ai/aime25",
+    "amc23": "math-ai/amc23",
+    "minerva": "math-ai/minervamath",
+    "olympiadbench": "Hothan/OlympiadBench:OE_TO_maths_en_COMP",  # text only, English, 674 rows
+    "cruxeval": "cruxeval-org/cruxeval",  # CRUXEval-O: the output of a function
 }
-
-# Columns that hold a problem as plain text, in the order in which they are looked up.
-PROBLEM_COLUMNS = ("problem", "question", "prompt")
 
 
 def load_problems(
@@ -46,13 +47,14 @@ def load_problems(
         return [Problem(**row) for row in arithmetic.make_rows(operations, split)]
     path = Path(source).expanduser()
     local = source not in HUB and path.exists()
+    kind = _kind_of_answers(source)
     problems, faults, chats = [], [], 0
     for i, (where, row) in enumerate(
         _file_rows(path, split) if local else _hub_rows(source, split)
     ):
         try:
-            problems.append(_problem(row, f"{path.stem}/{i}"))
-            chats += not _first(row, *PROBLEM_COLUMNS, "Body")
+            problems.append(problem_of(row, f"{path.stem}/{i}", kind))
+            chats += is_chat(row)
         except ValueError as error:
             faults.append(f"{where}: {error}")
             if local:  # a user can mend a file of theirs
@@ -70,6 +72,17 @@ def load_problems(
             file=sys.stderr,
         )
     return _distinct(problems, source, keep_duplicates)
+
+
+def _kind_of_answers(source: str) -> str:
+    """The kind of a source whose rows do not show it, "" where they do.
+
+    Minerva's answers are measured quantities. It is known by the name of its file, of the folder of
+    a train or test file, or of its hub repository.
+    """
+    path = Path(source.partition(":")[0])
+    name = path.parent.name if path.stem in ("train", "test") else path.name
+    return "rounded" if "minerva" in name.casefold() else ""
 
 
 def _distinct(problems: list[Problem], source: str, keep_duplicates: bool) -> list[Problem]:
@@ -151,85 +164,11 @@ def _hub_rows(source: str, split: str) -> Iterable[tuple[str, Any]]:
         yield f"{source}: row {i}", row
 
 
-def _problem(row: Any, default_id: str) -> Problem:
-    """A row of any of the sources. ValueError where it lacks a problem or an answer.
-
-    DAPO-Math-17k has chat messages as its prompt, and the answer in reward_model.ground_truth.
-    """
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
-    problem = _first(row, *PROBLEM_COLUMNS) or _user_turn(row.get("prompt"))
-    if _first(row, "Body") and _first(row, "Question"):  # SVAMP
-        problem = _first(row, "Body").rstrip(". ") + ". " + _first(row, "Question")
-    if not problem:
-        raise ValueError("the row has no problem (nor question, nor prompt)")
-    answer = _first(row, "answer", "final_answer", "Answer").strip()
-    if not answer and isinstance(row.get("reward_model"), dict):
-        answer = _first(row["reward_model"], "ground_truth").strip()
-    # beside an answer, a label is what a model says; alone, it is the answer
-    label = _first(row, "label").strip()
-    if not answer:
-        answer, label = label, ""
-    if "####" in answer:  # GSM8K: the working, then the answer
-        answer = answer.rpartition("####")[2].strip().replace(",", "")
-    if "\\boxed" in answer:  # a sentence with a box: the box; with several, the last one
-        answer = solution_box(answer)
-    answer = answer or solution_box(_first(row, "solution"))
-    if not answer:
-        raise ValueError("the row has no answer (nor a solution with a \\boxed one)")
-    return Problem(
-        problem=problem,
-        answer=answer,
-        id=_first(row, "unique_id", "id") or default_id,
-        subject=_first(row, "subject", "type"),
-        level=_level(_first(row, "level")),
-        label=label,
-    )
-
-
-def _user_turn(prompt: Any) -> str:
-    """The text of the one user turn in chat messages, "" where it is no such list.
-
-    ValueError where there are several user turns, or turns of the assistant: the problem would
-    lose what was said before.
-    """
-    if not isinstance(prompt, list) or not all(isinstance(turn, dict) for turn in prompt):
-        return ""
-    turns = [turn for turn in prompt if turn.get("role") not in ("system", "developer")]
-    if [turn.get("role") for turn in turns] != ["user"]:
-        raise ValueError("its prompt is a list of messages with other turns than one of the user")
-    return _first(turns[0], "content")
-
-
-def _first(row: dict[str, Any], *keys: str) -> str:
-    """The first of the columns that holds something, as text; "" where none does."""
-    for key in keys:
-        value = row.get(key)
-        if isinstance(value, float) and math.isfinite(value):
-            # AMC writes 27.0 for 27, and Python 1e-05 for 0.00001.
-            value = int(value) if value.is_integer() else format(Decimal(repr(value)), "f")
-        if isinstance(value, str | int | float) and value == value and str(value).strip():
-            return str(value)
-    return ""
-
-
-def solution_box(text: str) -> str:
-    r"""What stands in the last \boxed{...} of a solution, "" where there is none.
-
-    MATH also writes a few answers without braces, as `\boxed 2$`.
-    """
-    bare = re.search(r"\\boxed\s+([^{$\s][^$\s]*)[^\\]*$", text)
-    return bare[1].rstrip(".") if bare else (last_boxed(text) or "")
-
-
-def _level(text: str) -> str:
-    return text.lower().removeprefix("level").strip().removesuffix(".0")
-
-
 def load_completions(file: str) -> list[dict]:
     """Rows of a .jsonl of saved completions: problem, answer (str), completions (list of str) and,
-    where there are any, correct (one for each completion) and other columns. The file may also be
-    a sample log of lm-evaluation-harness (evaluation/interop.py).
+    where there are any, correct, finish_reason and tokens (one of each for each completion), kind
+    (tasks/answers.py) and other columns. The file may also be a sample log of
+    lm-evaluation-harness (evaluation/interop.py).
 
     Raises UserError naming the line that is no such row.
     """
@@ -252,9 +191,12 @@ def load_completions(file: str) -> list[dict]:
             raise UserError(f"{file}:{number}: wants completions, a list of one or more strings")
         if row.get("answer") is None:
             raise UserError(f"{file}:{number}: wants an answer")
-        correct = row.get("correct")
-        if correct is not None and (not isinstance(correct, list) or len(correct) != len(texts)):
-            raise UserError(f"{file}:{number}: wants as many of correct as of completions")
+        for key in ("correct", "finish_reason", "tokens"):
+            values = row.get(key)
+            if values is not None and (not isinstance(values, list) or len(values) != len(texts)):
+                raise UserError(f"{file}:{number}: wants as many of {key} as of completions")
+        if not all(isinstance(ids, list) for ids in row.get("tokens") or []):
+            raise UserError(f"{file}:{number}: wants tokens, a list of token ids per completion")
         rows.append({"problem": "", **row, "answer": str(row["answer"])})
     if not rows:
         raise UserError(f"{file}: holds no completions")
@@ -268,7 +210,7 @@ def subset(
 
     File order is kept. n = 0, or more than there are, takes all. UserError where none is left.
     """
-    for name, wanted in (("level", _level(level)), ("subject", subject.strip().casefold())):
+    for name, wanted in (("level", normal_level(level)), ("subject", subject.strip().casefold())):
         kept = [p for p in problems if not wanted or getattr(p, name).casefold() == wanted]
         if not kept:
             there = ", ".join(sorted({getattr(p, name) for p in problems} - {""})) or "none at all"

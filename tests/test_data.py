@@ -20,7 +20,8 @@ from data import PROMPTS, Problem, Rollouts, batch_indices, partition, prepare, 
 from harness.errors import UserError
 from model import turn_end_ids
 from tasks import datasets
-from tasks.datasets import drop_overlap, load_problems, solution_box, subset
+from tasks.datasets import drop_overlap, load_problems, subset
+from tasks.rows import solution_box
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"

@@ -2,14 +2,17 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 
 import eval as evaluation
 from data import prepare
 from eval import Sampling
+from evaluation.scores import disagreements, grade, summarize
 from harness.errors import UserError
 from harness.loading import load_model, load_tokenizer
+from settings import Config
 from tasks.datasets import load_completions, load_problems
 
 
@@ -27,14 +30,14 @@ def test_figures_by_hand():
         row([False, True], ["no box", "Python \\boxed{1}"], finish_reason=["stop", "stop"]),
         row([False, False], ["\\boxed{}", "\\boxed{2}"], finish_reason=["stop", "stop"]),
     ]
-    s = evaluation.summarize(rows)
+    s = summarize(rows)
     assert (s["n"], s["k"]) == (3, 2)
     assert s["accuracy"] == pytest.approx(0.5)  # per problem 1, 1/2, 0
     assert s["stderr"] == pytest.approx(0.5 / math.sqrt(3))  # std of (1, .5, 0) is .5
     assert s["boxed"] == pytest.approx(4 / 6) and s["code_frequency"] == pytest.approx(2 / 6)
     assert s["accuracy_code"] == 1.0 and s["accuracy_language"] == pytest.approx(1 / 4)
     assert s["truncated"] == pytest.approx(1 / 6)
-    alone = evaluation.summarize([row([True], ["x"])])
+    alone = summarize([row([True], ["x"])])
     assert alone["stderr"] is None and alone["accuracy_code"] is None and alone["truncated"] is None
 
 
@@ -61,7 +64,7 @@ def test_completions_are_graded_and_disagreements_named(tmp_path, capsys):
     last = json.loads(out[-1])
     assert {"accuracy", "stderr", "boxed", "code_frequency", "n", "k"} <= set(last)
     assert last["accuracy"] == 0.5 and last["agreement"] == pytest.approx(2 / 3)
-    assert last["lenient_accuracy"] == pytest.approx(2 / 3)  # prose counts there, and only there
+    assert last["lenient_accuracy"] == 0.75  # mean of 1 and 1/2; prose counts there alone
 
 
 @pytest.mark.slow
@@ -82,7 +85,10 @@ def test_samples_do_not_depend_on_the_batch(tiny_random):
     small = evaluation.evaluate(
         model, tokenizer, items, Sampling(3, 1.0, 20, seed=1, rollout_rows=5)
     )
-    assert whole == small and whole[0]["n"] == 12 and whole[0]["k"] == 3
+    assert whole[0]["n"] == 12 and whole[0]["k"] == 3
+    for a, b in zip(whole[1], small[1], strict=True):
+        assert a.pop("logprob") == pytest.approx(b.pop("logprob"), abs=2e-4)
+        assert a == b
     other = evaluation.evaluate(model, tokenizer, items, Sampling(3, 1.0, 20, seed=2))
     assert other[1] != whole[1]
 
@@ -98,8 +104,24 @@ def test_a_model_and_a_run_from_the_command_line(tiny_random, tmp_path, capsys):
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["n"] == 5
     saved = load_completions(str(tmp_path / "o" / "completions.jsonl"))
-    again, _, odd = evaluation.grade_completions(saved)
-    assert odd == [] and again["accuracy"] == last["accuracy"]
+    again = grade(saved)
+    assert disagreements(saved, again) == []
+    assert summarize(again) == {key: last[key] for key in summarize(again)}
+
+
+@pytest.mark.parametrize("own,tokens", [(77, 77), (0, 64)])
+def test_a_run_is_measured_as_it_measured_itself(tmp_path, own, tokens):
+    """The fault: the seed and the eval's own length were left at other values."""
+    saved = asdict(Config(eval_new_tokens=own, max_new_tokens=64, seed=5, eval_k=3))
+    (tmp_path / "config.json").write_text(json.dumps({"config": saved}))
+    (tmp_path / "model").mkdir()
+    given = {"run": str(tmp_path)}
+    cfg = evaluation.fill(evaluation.EvalConfig(**given), given)
+    assert (cfg.max_new_tokens, cfg.seed, cfg.k) == (tokens, 5, 3)
+    labels = evaluation.fill(evaluation.EvalConfig(labels="x", **given), given)
+    assert (labels.max_new_tokens, labels.seed) == (64, 0)  # as in training, not as in its evals
+    typed = given | {"seed": 9}
+    assert evaluation.fill(evaluation.EvalConfig(**typed), typed).seed == 9
 
 
 @pytest.mark.parametrize(
@@ -110,6 +132,9 @@ def test_a_model_and_a_run_from_the_command_line(tiny_random, tmp_path, capsys):
         ("{not json", ":1: not JSON"),
         ('{"answer": "1", "completions": ["x"]}\n{"answer": "1"}', ":2: wants completions"),
         ('{"completions": ["x"]}', ":1: wants an answer"),
+        ('{"answer": "1", "completions": ["x"], "tokens": [3]}', ":1: wants tokens"),
+        ('{"answer": "1", "completions": ["x"], "finish_reason": []}', "finish_reason"),
+        ('{"answer": "1", "completions": ["x"], "kind": "odd"}', "kind=odd"),
     ],
 )
 def test_mistakes_in_a_completions_file(tmp_path, text, word):

@@ -9,9 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import batch
+from conftest import batch, comparable, run_config
 from test_figures import write_run
-from test_train import comparable, small_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as evals
@@ -184,7 +183,7 @@ def test_wandb_gets_each_step_once_with_its_eval(tiny_random, tmp_path, monkeypa
         return SimpleNamespace(log=lambda metrics, step: sent.append((step, metrics)))
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    cfg = small_config(tiny_random, str(tmp_path / "run"))
+    cfg = run_config(tiny_random, str(tmp_path / "run"))
     cfg = replace(cfg, log="wandb", steps=2, eval_every=2)
     train(cfg)
     assert [step for step, _ in sent] == [0, 1, 2]
@@ -223,7 +222,7 @@ def test_tensorboard_reads_what_was_sent(tmp_path):
 
 
 def test_logged_tokens_change_nothing_else_and_add_up_to_the_response(tiny_random, tmp_path):
-    cfg = replace(small_config(tiny_random, str(tmp_path / "a")), steps=2, eval_every=0, lr=1e-2)
+    cfg = replace(run_config(tiny_random, str(tmp_path / "a")), steps=2, eval_every=0, lr=1e-2)
     plain = train(cfg)
     logged = train(replace(cfg, out_dir=str(tmp_path / "b"), log_tokens=True))
     assert comparable(plain) == comparable(logged)
@@ -239,7 +238,7 @@ def test_logged_tokens_change_nothing_else_and_add_up_to_the_response(tiny_rando
 
 
 def test_with_lr_0_every_logged_ratio_is_0(tiny_random, tmp_path):
-    cfg = replace(small_config(tiny_random, str(tmp_path / "a")), steps=1, eval_every=0, lr=0.0)
+    cfg = replace(run_config(tiny_random, str(tmp_path / "a")), steps=1, eval_every=0, lr=0.0)
     train(replace(cfg, log_tokens=True))
     ratios = [r["log_ratio"] for r in read_jsonl(tmp_path / "a" / "samples.jsonl")]
     assert {value for row in ratios for value in row if value is not None} == {0.0}

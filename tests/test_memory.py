@@ -485,7 +485,7 @@ EIGHT_GB = ["--rollout_rows=32", "--micro_batch_tokens=2048"]
             "qwen2.5_math_7b",
             [],
             "qwen2.5-7b",
-            [None, ("adapter", 16), ("adapter", 56), ("adapter", 128)],
+            [None, ("adapter", 16), ("adapter", 64), ("adapter", 128)],
         ),
     ],
 )

@@ -120,9 +120,8 @@ def test_a_saved_verdict_stands_and_repeated_problems_are_paired_in_order(tmp_pa
     assert shown == [[True], [False, True]]
 
 
-def test_columns_of_other_shapes_do_no_harm(tmp_path):
-    """A problem that is a number, one reason too few, no reasons at all."""
-    rows = [row(7, RIGHT, WRONG, finish_reason=["length"]), row("x", RIGHT, finish_reason="stop")]
+def test_a_problem_may_be_a_number_and_reasons_may_be_missing(tmp_path):
+    rows = [row(7, RIGHT, WRONG, finish_reason=["length", "stop"]), row("x", RIGHT)]
     page = collect([write_rows(tmp_path / "a.jsonl", rows)])
     assert [p["problem"] for p in page["problems"]] == ["7", "x"]
     cut = [[cell["cut"] for (cell,) in p["samples"]] for p in page["problems"]]

@@ -156,7 +156,10 @@ def test_n_processes_make_the_update_of_one(folders, name, n):
         assert [r["reward"] for r in responses[0]] == [r["reward"] for r in responses[1]]
         assert [m.get("reward") for m in logs[0]] == [m.get("reward") for m in logs[1]]
     evals = [sorted((folder / "eval").iterdir()) for folder in (one, many)]
-    assert [p.read_text() for p in evals[0]] == [p.read_text() for p in evals[1]]
+    rows = [[row for path in paths for row in read_jsonl(path)] for paths in evals]
+    for a, b in zip(*rows, strict=True):
+        assert a.pop("logprob") == pytest.approx(b.pop("logprob"), abs=1e-3)  # logged in 4 decimals
+        assert a == b
 
 
 @pytest.mark.slow
@@ -170,6 +173,8 @@ def test_the_first_ratio_is_exactly_1_on_every_rank(folders, n):
 
 def test_weights_that_differ_between_ranks_are_an_error(monkeypatch):
     weights = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))]
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    monkeypatch.setattr(ranks, "gather", lambda value: [value, value])
     ranks.check_equal(weights)
     monkeypatch.setattr(ranks, "gather", lambda value: [value, value + 1e-9])
     with pytest.raises(UserError, match="5.0"):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from harness.errors import UserError
 from tools import sweep
 from tools.parts.arms import Arm
 from tools.parts.jobs import Job
-from tools.parts.report import outcome
+from tools.parts.report import outcome, report_tables, summarize_arms
 from tools.parts.sweep_runs import average_arms, load_sweep, parts_of, pool_sweeps
 from tools.parts.tables import FEW_SEEDS
 
@@ -81,6 +82,21 @@ def test_paired_interval_is_that_of_scipy(tmp_path, capsys):
     row = f"| -9.3 [{100 * expected.low:+.1f}, {100 * expected.high:+.1f}] |"
     assert f"| clip=off − clip=both | 3 {row}" in table
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_a_sweep_says_which_runs_collapsed():
+    def arm(label: str, *ends: float) -> Arm:
+        runs = [
+            [{"step": i, "accuracy": 0.5 if i <= 10 else end} for i in range(1, 21)] for end in ends
+        ]
+        return Arm(label, [Path(f"{label}/seed{i}") for i in range(len(ends))], runs)
+
+    result = summarize_arms([arm("a", 0.1, 0.6, 0.1), arm("b", 0.5, 0.5, 0.5)], ["accuracy"], 5)
+    assert result["arms"]["a"]["collapsed"] == [14, None, 14]
+    table = report_tables(result, ["accuracy"], 5)
+    assert "2 of 3 (step 14, 14)" in table and "0 of 3" in table
+    whole = summarize_arms([arm("b", 0.5, 0.5, 0.5)], ["accuracy"], 5)
+    assert "collapsed" not in report_tables(whole, ["accuracy"], 5)
 
 
 def test_runs_of_an_arm_differ_only_in_their_seed(tmp_path):

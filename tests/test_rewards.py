@@ -232,7 +232,7 @@ def test_watched_are_all_that_need_no_argument_and_run_where_their_inputs_are():
         "no_repetition",
         "constant",
     }
-    full = make(**SCORED, label=["2"] * 4)
+    full = make(**SCORED, label=["2"] * 4, to_permute=["ab"] * 4)
     assert not any(one.missing(full) for one in watched.values())
     assert all(len(one(full)) == 4 for one in watched.values())
 

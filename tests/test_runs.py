@@ -183,7 +183,7 @@ def test_completions_of_other_settings_are_not_kept(tmp_path):
     from harness.partial import Kept
 
     with Kept(tmp_path / "c", {"seed": 0}) as kept:
-        kept.add(3, ["x"], ["stop"])
+        kept.add(3, {"completions": ["x"], "finish_reason": ["stop"]})
         with pytest.raises(UserError, match="c.progress"):
             Kept(tmp_path / "c", {"seed": 0})
     with Kept(tmp_path / "c", {"seed": 0}) as kept:
@@ -434,7 +434,7 @@ def test_a_bad_reward_is_named_in_one_line(bad, function):
 
 def test_a_reward_that_fails_late_costs_one_step(small, bad, monkeypatch):
     bad(lambda r, B: torch.rand(B) if r.step < 3 else 1 / 0)
-    monkeypatch.setattr(rewards, "watched", lambda: [])
+    monkeypatch.setattr(rewards, "watched", lambda more: [])
     with pytest.raises(UserError, match="reward 'bad' failed at test_runs.py:.*as of step 2"):
         train(replace(small, reward="bad", eval_every=0))
     assert read_state(small.out_dir)["steps_done"] == "2"

@@ -2,6 +2,7 @@
 
     demo       train a few rewards on the tiny world and compare them
     sweep      run a grid of settings, several seeds each, and compare the arms
+    compare    compare two evals on the same problems: intervals, tests, transitions
     plot       draw the metrics of runs that you name
     figures    draw the figures of the papers from your runs
     clip_bias  measure the bias of the clip on a table of logits

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import train
 from data import partition
+from harness.checkpoint import FREE
 from harness.configurator import configure
 from harness.errors import UserError, run
 from harness.runfiles import read_jsonl
@@ -42,8 +43,9 @@ class PullConfig(Config):
 
 def identity(cfg: PullConfig) -> dict:
     """The settings that a line of the results depends on."""
-    free = ("rates", "batches", "results", "out_dir", "resume", "steps", "rollout_rows", "threads")
-    return {key: value for key, value in asdict(cfg).items() if key not in free}
+    free = (*FREE, "lr", "rates", "batches", "results", "out_dir", "resume")
+    settings = asdict(cfg).items()
+    return {key: value for key, value in settings if key not in free and key[:5] != "eval_"}
 
 
 def read_results(path: Path, cfg: PullConfig) -> list[dict]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from grading.answers import quick_verdict
 from grading.spelling import last_boxed, lenient_answer, normalize
-from rewards import _repeats
+from rewards import repeats
 
 PIECES = (
     r"""
@@ -49,7 +49,7 @@ def longest(n: int, seed: int = 0) -> tuple[float, tuple[str, str]]:
         started = time.thread_time()
         box = last_boxed(text)
         lenient_answer(text)
-        _repeats(text)
+        repeats(text)
         for pair in ((box, gold), (answer, gold), (gold, answer)):
             quick_verdict(*pair)
         normalize(gold)

@@ -12,10 +12,11 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-import grading
+from evaluation.scores import problem_of
 from harness.configurator import configure
 from harness.errors import UserError, run
 from rewards import REGISTRY, auroc, parse, watched
+from tasks import answers
 from tasks.datasets import load_completions
 
 
@@ -34,7 +35,7 @@ def read_completions(path: str) -> tuple[SimpleNamespace, list[bool] | None]:
     labelled = all("label" in row for row in rows)
     rollouts = SimpleNamespace(
         text=[row["completions"][j] for _, j, row in flat],
-        problem=[SimpleNamespace(problem=row["problem"], answer=row["answer"]) for *_, row in flat],
+        problem=[problem_of(row) for *_, row in flat],
         group_size=max(len(row["completions"]) for row in rows),
         seed=0,
         step=0,
@@ -77,8 +78,8 @@ def main(argv: list[str]) -> None:
         return
     rollouts, marks = read_completions(cfg.completions)
     chosen = [parse(cfg.reward)] if cfg.reward else watched()
-    golds = [p.answer for p in rollouts.problem]
-    correct = np.array(grading.correct(rollouts.text, golds) if marks is None else marks)
+    graded = answers.correct(rollouts.text, rollouts.problem) if marks is None else marks
+    correct = np.array(graded)
     how = "graded here" if marks is None else "their column"
     print(f"{len(correct)} completions, {correct.mean():.4f} correct ({how})")
     print(f"{'reward':<22}{'mean':>9}{'share > 0':>11}{'agreement':>11}{'AUROC':>9}")

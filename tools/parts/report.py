@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from evaluation.collapse import collapse_step
 from harness.errors import UserError
 from tools.parts.arms import Arm, finite
 from tools.parts.intervals import t_interval
@@ -20,6 +21,9 @@ from tools.parts.tables import few_seeds_warning, markdown_table, save_text
 REPORT = ("eval_accuracy", "eval_code_frequency", "accuracy", "clip_frac")
 PERCENT = ("accuracy", "code_frequency", "boxed")  # keys that end so are shown in percent
 SMALL = ("clip_", "kl", "grad_norm")  # keys that begin so, in scientific notation
+COLLAPSED = (
+    "Collapsed: the accuracy of training stays below half of its best to the end of the run."
+)
 ALL_PAIRS = 4  # up to so many arms, each pair is compared; with more, each arm with the first
 
 
@@ -97,7 +101,8 @@ def outcome(rows: list[dict], key: str, last: int) -> float:
 def summarize_arms(arms: list[Arm], keys: Sequence[str], last: int) -> dict:
     """Mean and standard error of each arm, and differences of pairs of arms, paired by seed.
 
-    {"arms": {name: {"seeds": [..], key: {"mean", "stderr", "values"}}},
+    {"arms": {name: {"seeds": [..], "collapsed": [step or None, ..],
+                     key: {"mean", "stderr", "values"}}},
      "pairs": [{"a", "b", "key", "n", "difference" (b - a), "low", "high"}]}; unknown is None.
     """
     summary: dict[str, dict] = {}
@@ -105,6 +110,7 @@ def summarize_arms(arms: list[Arm], keys: Sequence[str], last: int) -> dict:
     for arm in arms:
         seeds = [seed_of(folder) for folder in arm.folders]
         summary[arm.label] = {"seeds": [seed for _, seed in seeds]}
+        summary[arm.label]["collapsed"] = [collapse_step(rows) for rows in arm.runs]
         for key in keys:
             values = [outcome(rows, key, last) for rows in arm.runs]
             by_seed[arm.label, key] = dict(zip(seeds, values, strict=True))
@@ -161,8 +167,14 @@ def report_tables(result: dict, keys: Sequence[str], last: int, notes: Sequence[
     for name, arm in arms.items():
         cells = [_mean_cell(key, arm[key]) for key in keys]
         rows.append([name, str(len(arm["seeds"])), *cells])
+    if any(step is not None for arm in arms.values() for step in arm["collapsed"]):
+        heads_above = [*heads, "collapsed"]
+        rows = [[*row, _collapsed(arm)] for row, arm in zip(rows, arms.values(), strict=True)]
+        notes = [*notes, COLLAPSED]
+    else:
+        heads_above = heads
     table = few_seeds_warning([len(arm["seeds"]) for arm in arms.values()])
-    table += markdown_table(["arm", "seeds", *heads], rows)
+    table += markdown_table(["arm", "seeds", *heads_above], rows)
     what = (
         "Mean ± 1 standard error over seeds. eval_*: the last eval; clip_*: mean of the whole "
         f"run; others: mean of the last {last} steps."
@@ -175,6 +187,13 @@ def report_tables(result: dict, keys: Sequence[str], last: int, notes: Sequence[
             "each interval is for its pair alone."
         )
     return "\n\n".join(parts)
+
+
+def _collapsed(arm: dict) -> str:
+    """How many runs of an arm collapsed, and at which steps."""
+    steps = [str(step) for step in arm["collapsed"] if step is not None]
+    where = f" (step {', '.join(steps)})" if steps else ""
+    return f"{len(steps)} of {len(arm['collapsed'])}{where}"
 
 
 def _difference_table(pairs: list[dict], heads: list[str]) -> str:

@@ -1,36 +1,15 @@
 """Where an accuracy gain comes from: responses grouped by their habit before and after training."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
+from evaluation.transitions import CLASSES, Transitions
 from harness.errors import UserError
 from harness.runfiles import read_jsonl
 from tools.parts.arms import Arm
 from tools.parts.intervals import t_interval
 from tools.parts.published import PARTS_OF_GAIN, PUBLISHED
 from tools.parts.tables import few_seeds_warning, markdown_table
-
-CLASSES = tuple(PARTS_OF_GAIN)  # "HABIT before to HABIT after"; a habit is code or language
-
-
-@dataclass
-class Transitions:
-    """Counts of responses, paired before and after training, by class."""
-
-    n: dict[str, int]  # all responses of the class
-    gained: dict[str, int]  # wrong before, right after
-    lost: dict[str, int]  # right before, wrong after
-    gains: list[int]  # gained - lost of each run; of each problem if there is one run
-
-    def share(self, name: str) -> float | None:
-        """The class's part of the total gain, or None (undefined) if the total is 0."""
-        total = sum(self.gains)
-        if not total:
-            return None
-        return (self.gained[name] - self.lost[name]) / total + 0.0  # + 0.0 makes -0.0 a 0.0
 
 
 def count_transitions(folders: Sequence[Path]) -> Transitions:
@@ -40,12 +19,11 @@ def count_transitions(folders: Sequence[Path]) -> Transitions:
     sum over all classes (arXiv 2506.10947). Responses are paired by problem and sample.
     Raises UserError for a folder without two evals of the same problems and samples.
     """
-    n, gained, lost = (dict.fromkeys(CLASSES, 0) for _ in range(3))
-    counts = Transitions(n, gained, lost, gains=[])
+    counts = Transitions()
     by_run = []
     for folder in folders:
         before, after = _first_and_last_eval(folder)
-        gains = [_count_problem(counts, *pair) for pair in zip(before, after, strict=True)]
+        gains = [counts.add(*pair) for pair in zip(before, after, strict=True)]
         by_run.append(gains)
     if len(by_run) == 1:
         counts.gains = by_run[0]
@@ -66,22 +44,6 @@ def _first_and_last_eval(folder: Path) -> tuple[list[dict], list[dict]]:
 
 def _shape(rows: list[dict]) -> list[tuple[str, int]]:
     return [(row["problem"], len(row["correct"])) for row in rows]
-
-
-def _count_problem(counts: Transitions, before: dict, after: dict) -> int:
-    """Add the responses to one problem to the counts; returns how many more are right."""
-    change = np.subtract(after["correct"], before["correct"], dtype=int)  # [samples]
-    pairs = zip(before["completions"], after["completions"], strict=True)
-    for (old, new), gain in zip(pairs, change, strict=True):
-        name = f"{_habit(old)} to {_habit(new)}"
-        counts.n[name] += 1
-        counts.gained[name] += int(gain == 1)
-        counts.lost[name] += int(gain == -1)
-    return int(change.sum())
-
-
-def _habit(text: str) -> str:
-    return "code" if "python" in text.lower() else "language"
 
 
 def transition_table(arms: list[Arm]) -> str:

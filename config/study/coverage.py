@@ -1,0 +1,3 @@
+"""Share of permutations that a search trace finds; for problems of the kind `permutations`."""
+
+reward = "coverage"
