@@ -66,7 +66,7 @@ def measure(cfg: PullConfig, path: Path) -> None:
     if done.issuperset(wanted):
         return
     r = train.setup(cfg)
-    with r.folder, tqdm(total=len(wanted), desc="steps", initial=len(done)) as bar:
+    with r.folder, tqdm(total=len(wanted), desc="steps", initial=len(done & set(wanted))) as bar:
         for batch in range(1, cfg.batches + 1):
             left = [lr for lr in cfg.rates if (batch, lr) not in done]
             if left:
