@@ -11,10 +11,11 @@ step is a captured CUDA graph (decoding/slots.py).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -48,6 +49,19 @@ class Generation:
     length: torch.Tensor
     finished: torch.Tensor
     sampler_logp: torch.Tensor
+
+
+def join(parts: list[Generation]) -> Generation:
+    """Put the generations of consecutive prompts together."""
+
+    def rows(name: str) -> torch.Tensor:
+        tensors = [getattr(part, name) for part in parts]
+        if tensors[0].dim() == 2:
+            width = max(t.shape[1] for t in tensors)
+            tensors = [F.pad(t, (0, width - t.shape[1])) for t in tensors]
+        return torch.cat(tensors)
+
+    return Generation(*(rows(field.name) for field in fields(Generation)))
 
 
 # --------------------------------------------------------------------------------------- decoding

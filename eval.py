@@ -17,6 +17,7 @@ import harness  # noqa: F401  (before torch: see harness/__init__.py)
 # isort: split
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -32,6 +33,7 @@ from evaluation.labelling import make_labels
 from evaluation.prompts import best_of, names_of, prompt_table, temperatures_of, try_all
 from evaluation.report import print_summary
 from evaluation.scores import details, disagreements, grade, summarize
+from harness import ranks
 from harness.adapters import load_adapter
 from harness.configurator import configure
 from harness.errors import UserError, run
@@ -123,15 +125,20 @@ def evaluate(
     eval continues from the rows that it has kept (harness/partial.py).
     """
     settings = {}
+    if ranks.rank():
+        path = None  # the first rank alone writes
     if path is not None:
         settings = {"weights": fingerprint(model), "problems": labels.fingerprint(items)}
         settings |= {k: v for k, v in vars(sampling).items() if k != "rollout_rows"}
     with Kept(path, settings) as kept:
         if kept.rows:
             print(f"{desc}: {len(kept.rows)} of {len(items)} problems were done and are kept")
-        if len(kept.rows) < len(items):
-            _sample(model, tokenizer, items, sampling, desc, kept)
-        rows = _graded(tokenizer, items, kept)
+        left = ranks.on_first(lambda: [i for i in range(len(items)) if i not in kept.rows])
+        if mine := ranks.share(left):
+            _sample(model, tokenizer, items, mine, sampling, desc, kept)
+        for rows in ranks.gather({i: kept.rows[i] for i in mine}):
+            kept.rows |= rows
+        rows = ranks.on_first(_graded, tokenizer, items, kept)
         if path is not None:
             save_rows(rows, path)
             kept.drop()
@@ -142,13 +149,13 @@ def _sample(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     items: Items,
+    left: Sequence[int],
     sampling: Sampling,
     desc: str,
     kept: Kept,
 ) -> None:
-    """Sample the problems that are not kept yet. A problem is kept when its last copy has ended."""
+    """Sample the problems in left (numbers of items). Keep each when its last copy has ended."""
     copies = sampling.copies
-    left = [i for i in range(len(items)) if i not in kept.rows]
     ended: list[dict[int, dict]] = [{} for _ in left]  # per problem: copy -> its columns
 
     def on_end(row: int, response: list[int], finished: bool, logp: list[float]) -> None:
@@ -164,8 +171,7 @@ def _sample(
             columns = {key: [one[copy][key] for copy in range(copies)] for key in one[0]}
             kept.add(left[row // copies], columns)
 
-    done = (len(items) - len(left)) * copies
-    with Progress(len(items) * copies, desc, initial=done, leave=False) as progress:
+    with Progress(len(left) * copies, desc, leave=False) as progress:
         generate(
             model,
             [items[i][1] for i in left],

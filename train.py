@@ -2,6 +2,7 @@
 
     python train.py config/random_reward.py                     # picks the scale for this machine
     python train.py config/random_reward.py config/model/tiny.py --seed=1
+    torchrun --standalone --nproc_per_node=2 train.py config/random_reward.py     # on two GPUs
     python train.py --help                                      # every setting
 
 Read `one_step` first. `setup` prepares what it needs, and `train` calls it once per step.
@@ -31,6 +32,7 @@ import copy
 import math
 import sys
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,8 +46,9 @@ from transformers import PreTrainedTokenizerBase
 import grpo
 import rewards
 from data import PROMPTS, Problem, Rollouts, batch_indices, partition, prepare
-from engine import TRAIN_NOISE, decode, decode_raw, generate
+from engine import TRAIN_NOISE, decode, decode_raw, generate, join
 from eval import Sampling, evaluate
+from harness import ranks
 from harness.checkpoint import RunFolder
 from harness.configurator import configure, format_config
 from harness.errors import UserError, run
@@ -57,7 +60,7 @@ from harness.progress import Progress
 from harness.scale import choose_scale
 from harness.second_model import SecondModel, default_second_model
 from harness.stopping import LastStep, StopOnSignal
-from harness.token_log import keep_log_ratio
+from harness.token_log import keep_log_ratio, share_log_ratio
 from harness.trackers import open_tracker
 from lora import adapter_off, add_lora, trainable
 from metrics import describe, describe_clip, describe_updates, sample_log, summary_table
@@ -95,7 +98,7 @@ class Run:
     reward: Reward
     second_models: dict[str, SecondModel]
     decode_weights: DecodeWeights
-    folder: RunFolder
+    folder: RunFolder | ranks.Follower
     watched: list[Reward]  # logged, not trained on
     failed: set[str] = field(default_factory=set)  # watched rewards that were already warned about
 
@@ -115,7 +118,7 @@ def one_step(run: Run, step: int) -> tuple[dict, list[dict]]:
     judged, idle = None, None
     if not rewards.reads_scores(run.reward):
         with phase("reward", seconds):
-            judged = judge(run, rollouts)
+            judged = ranks.on_first(judge, run, rollouts)
             idle = no_gradient(rollouts, judged.advantage, cfg).numpy()  # [B]
     # 3. Partition the rows into mini-batches and micro-batches. Scoring and update share them.
     total = (rollouts.prompt_len + rollouts.length).tolist()
@@ -124,8 +127,9 @@ def one_step(run: Run, step: int) -> tuple[dict, list[dict]]:
     with phase("score", seconds):
         score(model, rollouts, parts, cfg, run.frozen, run.second_models)
     with phase("reward", seconds):
-        judged = judged or judge(run, rollouts)
-        metrics = describe(rollouts, judged.reward, judged.rounding, run.watched, run.failed)
+        judged = judged or ranks.on_first(judge, run, rollouts)
+        described = rollouts, judged.reward, judged.rounding, run.watched, run.failed
+        metrics = ranks.on_first(describe, *described)
     # 5. Update the policy on each mini-batch in turn.
     with phase("update", seconds):
         if can_clip(cfg) and model.dtype == torch.bfloat16:
@@ -133,8 +137,8 @@ def one_step(run: Run, step: int) -> tuple[dict, list[dict]]:
         metrics |= update(model, run.optimizer, rollouts, judged.advantage, parts, cfg)
     # 6. Log.
     metrics = {"step": step, **metrics, **timings(rollouts, seconds)}
-    tokenizer = run.tokenizer if cfg.log_tokens else None
-    return metrics, sample_log(rollouts, judged.reward, judged.advantage, tokenizer)
+    sampled = rollouts, judged.reward, judged.advantage, run.tokenizer if cfg.log_tokens else None
+    return metrics, ranks.on_first(sample_log, *sampled)
 
 
 @dataclass
@@ -170,12 +174,13 @@ def sample_rollouts(
     # Steps count from 1 here, but batch_indices counts them from 0.
     order = batch_indices(len(items), cfg.prompts_per_step, cfg.seed, step - 1)
     chosen = [items[i] for i in order]
-    B = len(chosen) * cfg.group_size
+    mine = ranks.share(range(len(chosen)))
+    B = len(mine) * cfg.group_size
     prefix = PROMPTS[cfg.prompt].prefix
     with Progress(B, "  sample", leave=False, disable=not sys.stderr.isatty()) as progress:
         out = generate(
             model,
-            [ids for _, ids in chosen],
+            [chosen[i][1] for i in mine],
             cfg.group_size,
             cfg.max_new_tokens,
             end_token_ids(model, tokenizer),
@@ -183,7 +188,9 @@ def sample_rollouts(
             cfg.temperature,
             max_rows=cfg.rollout_rows,
             progress=progress,
+            numbers=mine,
         )
+    out = join(ranks.gather(out))
     return Rollouts(
         tokens=out.tokens,
         prompt_len=out.prompt_len,
@@ -236,7 +243,8 @@ def score(
     base = frozen or (model if cfg.lora_r else None)
     if not needs_base(cfg) and rollouts.step % cfg.base_every:
         base = None
-    for name in (*ours, *(theirs if base else ())):
+    names = (*ours, *(theirs if base else ()))
+    for name in names:
         setattr(rollouts, name, torch.zeros(rollouts.mask.shape))
 
     def store(stats: TokenStats, names: dict[str, str], rows: list[int]) -> None:
@@ -244,11 +252,12 @@ def score(
             values = getattr(stats, statistic)  # [b, R of these rows]
             getattr(rollouts, name)[rows, : values.shape[1]] = values.cpu()
 
-    for rows in _bar([rows for mini in parts for rows in mini], "  score"):
+    for rows in _bar([rows for mini in ranks.deal(parts) for rows in mini], "  score"):
         store(forward(model, rollouts, rows, cfg, ours.values()), ours, rows)
         if base:
             with adapter_off(base):
                 store(forward(base, rollouts, rows, cfg, theirs.values()), theirs, rows)
+    ranks.add([getattr(rollouts, name) for name in names])  # each rank has filled its rows
     for name, second in (second_models or {}).items():
         rollouts.cross_logp[name] = second.mean_logp(rollouts, cfg.micro_batch_tokens)
     rollouts.share_scores_of_twins()
@@ -328,7 +337,8 @@ def update(
     also = ("alignment",) if can_clip(cfg) else ()
     first = (rollouts.step - 1) * cfg.updates_per_step  # updates done before this step
     seen, norms, tokens = [], [], []
-    for i, mini in enumerate(_bar(parts, "  update"), start=first):
+    dealt = ranks.deal(parts)
+    for i, (mini, mine) in enumerate(zip(_bar(parts, "  update"), dealt, strict=True), start=first):
         # The normaliser covers the whole mini-batch, so its split into micro-batches does not
         # change the gradient.
         rows_in_mini = [row for rows in mini for row in rows]
@@ -337,9 +347,9 @@ def update(
         seen.append([])
         for parameter in parameters:  # an optimiser skips parameters without a gradient
             parameter.grad = torch.zeros_like(parameter)
-        for rows in mini:
+        left_out += [row for rows in mini if idle[rows].all() for row in rows]
+        for rows in mine:
             if idle[rows].all():
-                left_out += rows
                 continue
             scored = forward(model, rollouts, rows, cfg, also)
             loss, stats = loss_of(scored, rollouts, advantage, rows, normalizer, cfg, i)
@@ -347,6 +357,7 @@ def update(
             if cfg.log_tokens:
                 keep_log_ratio(rollouts, rows, scored.logp)
             seen[-1].append(stats)
+        ranks.add([parameter.grad for parameter in parameters])
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm))
         if not math.isfinite(norm):
             raise UserError(
@@ -357,6 +368,10 @@ def update(
         optimizer.step()
         optimizer.zero_grad()
         norms.append(norm)
+    ranks.check_equal(parameters)
+    if cfg.log_tokens:
+        share_log_ratio(rollouts)
+    seen = [sum(by_rank, []) for by_rank in zip(*ranks.gather(seen), strict=True)]
     all_stats = [stats for update in seen for stats in update]
     return {
         **describe_clip(all_stats, rollouts.old_logp[left_out], in_loss[left_out]),
@@ -420,16 +435,23 @@ def setup(cfg: Config) -> Run:
     for warning in check(cfg):
         print(f"warning: {warning}")
     reward = rewards.parse(cfg.reward)
-    name = tiny.resolve(cfg.model)
-    device, dtype = choose_device(cfg.device, cfg.dtype, name, full=cfg.lora_r == 0)
+    if cfg.prompts_per_step < ranks.size():
+        raise UserError(
+            f"prompts_per_step={cfg.prompts_per_step}: {ranks.size()} processes cannot share them: "
+            "raise it, or lower --nproc_per_node"
+        )
+    name = ranks.on_first(tiny.resolve, cfg.model)
+    device, dtype = choose_device(ranks.device(cfg.device), cfg.dtype, name, full=cfg.lora_r == 0)
     if cfg.lora_r == 0 and dtype != torch.float32:
         raise UserError("lora_r=0 in bfloat16 loses small updates to rounding: --dtype=float32")
     # The data is loaded before the weights, so that mistakes in it show at once.
     tokenizer = load_tokenizer(name)
     items, eval_items = load_data(cfg, tokenizer, reward)
 
-    cfg = keep_settled(cfg)
-    folder = RunFolder(Path(cfg.out_dir), asdict(cfg), cfg.resume)
+    cfg = ranks.on_first(keep_settled, cfg)
+    path = Path(cfg.out_dir)
+    first = ranks.rank() == 0
+    folder = RunFolder(path, asdict(cfg), cfg.resume) if first else ranks.Follower(path)
     model = load_model(name, cfg.quant, dtype, device)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -460,7 +482,11 @@ def setup(cfg: Config) -> Run:
     for second in second_models.values():
         second.check_budget(cfg.max_prompt_tokens, cfg.max_new_tokens)
     models = [model, *([frozen] if frozen else []), *(m.model for m in second_models.values())]
-    decode_weights = settle(models, cfg)
+    # The ranks may have different free memory. The least choice needs the least of it, also of
+    # adapter, freed and kept.
+    decode_weights = min(ranks.gather(settle(models, cfg)))
+    cfg.micro_batch_tokens = min(ranks.gather(cfg.micro_batch_tokens))
+    cfg.rollout_weights = min(ranks.gather(cfg.rollout_weights))
     folder.config = asdict(cfg)  # includes the choices of settle, so that a resumed run keeps them
     return Run(
         cfg,
@@ -527,24 +553,29 @@ def train(cfg: Config) -> list[dict]:
     with folder, StopOnSignal() as stop, LastStep(run.model, run.optimizer, save) as last_step:
         done = 0
         if cfg.resume:
-            done = folder.load_state(run.model, run.optimizer)
+            done = ranks.on_first(folder.load_state, run.model, run.optimizer)
+            ranks.copy_state(run.model, run.optimizer)
             folder.repair_weights(run.model, run.tokenizer, done)
             last_step.saved = done
             print(f"resumed after step {done}")
         last_step.done(done)
-        track = open_tracker(cfg.log, asdict(cfg), cfg.out_dir, history)
+        log = cfg.log if ranks.rank() == 0 else "none"
+        track = open_tracker(log, asdict(cfg), cfg.out_dir, history)
 
         def eval_is_due(step: int) -> bool:
             due = cfg.eval_every and (step % cfg.eval_every == 0 or step == cfg.steps)
             return bool(due) and not (history and "eval_accuracy" in history[-1])
 
-        if eval_is_due(done):  # before training, or if the last process ended before it
+        # Before training, or if the last process ended before this eval.
+        if ranks.on_first(eval_is_due, done):
             with stop.at_once():
                 run_eval(run, done)
         steps = range(done + 1, cfg.steps + 1)
         bar = tqdm(steps, desc=cfg.reward, initial=done, total=cfg.steps)
         for step in bar:
-            metrics, samples = one_step(run, step)
+            # torchrun kills processes 30 s after a signal, and a step can be longer
+            with stop.at_once() if ranks.size() > 1 else nullcontext():
+                metrics, samples = one_step(run, step)
             folder.log(metrics, samples)
             if warning := early_warning(cfg, history[done - step :]):  # steps of this process
                 tqdm.write(f"warning: {warning}")
@@ -572,6 +603,7 @@ def progress_line(metrics: dict) -> str:
     )
 
 
+@ranks.together()
 def main(argv: list[str]) -> None:
     cfg, sources = configure(Config, argv, choose_scale)
     print("scale:", sources.scale, f"({sources.reason})" if sources.reason else "")

@@ -4,6 +4,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from data import PROMPTS, Rollouts, partition, render_prompt
+from harness import ranks
 from harness.errors import UserError
 from harness.loading import load_model, load_tokenizer
 from model import token_stats
@@ -86,10 +87,12 @@ class SecondModel:
             )
         device = next(self.model.parameters()).device
         mean = torch.zeros(len(rollouts.text))
-        for part in partition((prompt_len + length).tolist(), 1, micro_batch_tokens, 0, 0)[0]:
+        parts = partition((prompt_len + length).tolist(), 1, micro_batch_tokens, 0, 0)
+        for part in ranks.deal(parts)[0]:
             batch = (t[part].to(device) for t in (tokens, prompt_len, length))
             logp = token_stats(self.model, *batch, also=()).logp  # [b, R], 0 beyond length
             mean[part] = logp.sum(1).cpu() / length[part]
+        ranks.add([mean])  # each rank has filled its rows
         return mean
 
     def _own_tokens(self, rollouts: Rollouts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -3,10 +3,13 @@
 `python sample.py --html=FILE RUN` colours the tokens by them.
 """
 
+from functools import reduce
+
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from data import Rollouts
+from harness import ranks
 
 DIGITS = 4  # decimals of the logged values
 
@@ -17,6 +20,12 @@ def keep_log_ratio(r: Rollouts, rows: list[int], logp: torch.Tensor) -> None:
         r.log_ratio = torch.full(r.mask.shape, torch.nan)
     width = logp.shape[1]
     r.log_ratio[rows, :width] = logp.detach().float().cpu() - r.old_logp[rows, :width]
+
+
+def share_log_ratio(r: Rollouts) -> None:
+    """Put together what the ranks have kept, each of its own rows."""
+    if kept := [log_ratio for log_ratio in ranks.gather(r.log_ratio) if log_ratio is not None]:
+        r.log_ratio = reduce(torch.fmax, kept)  # the value where one of two is nan
 
 
 def token_log(r: Rollouts, row: int, tokenizer: PreTrainedTokenizerBase) -> dict:

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from conftest import write_state
@@ -212,6 +212,14 @@ def test_runs_are_planned_seed_by_seed(tmp_path, capsys):
     assert printed.count("warning: clip=both:") == 1  # once per arm
 
 
+def test_the_tasks_of_a_job_array_make_the_sweep_between_them(tmp_path):
+    argv = [*RUN, "--clip=both,off"]
+    cfg = sweep.SweepConfig(seeds=3, first_seed=5, out=str(tmp_path))
+    tasks = [sweep.plan(replace(cfg, task=i), argv) for i in range(3)]
+    assert [job.folder.name for job in tasks[1]] == ["seed6", "seed6"]
+    assert [job for jobs in tasks for job in jobs] == sweep.plan(cfg, argv)
+
+
 def test_errors_of_sweep_are_one_line(tmp_path):
     (tmp_path / "done").mkdir()
     (tmp_path / "done" / "sweep.json").write_text('{"arms": ["a"]}')
@@ -226,6 +234,8 @@ def test_errors_of_sweep_are_one_line(tmp_path):
         ([*RUN, "--seed=1,2"], "--seed=1,2.*--seeds"),
         ([*RUN, "--resume=True"], "--resume=True"),
         ([*RUN, "--seeds=0"], "seeds=0"),
+        ([*RUN, "--seeds=2", "--task=2"], "task=2: .*0 to 1"),
+        (["--only_report=True", "--task=0"], "task: "),
         ([*RUN, "--reward=random(0.5),fromat"], "'fromat'"),
         ([*RUN, "--only_report=True"], "random_reward.py: .*only_report"),
         (["--only_report=True"], "sweep.json"),
@@ -274,6 +284,13 @@ def test_a_sweep_runs_resumes_is_kept_and_grows(tmp_path, monkeypatch, capsys):
     result, printed = figures("--seeds=2", "--jobs=2")
     assert "kept" not in printed
     assert [arm["seeds"] for arm in result["arms"].values()] == [[0, 1], [0, 1]]
+    parts = [*RUN, "--steps=1", "--clip=both,off", "--seeds=2", f"--out={tmp_path}/parts"]
+    for task in (1, 0):
+        sweep.main([*parts, f"--task={task}"])
+    assert not (tmp_path / "parts" / "table.md").exists()
+    capsys.readouterr()
+    sweep.main(["--only_report=True", f"--out={tmp_path}/parts"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["arms"] == result["arms"]
     assert result["pairs"][0]["difference"] == pytest.approx(1)
     stopped = tmp_path / "sweep" / "clip=off" / "seed1"
     write_state(stopped, 0)

@@ -22,11 +22,21 @@ in some settings, such as model=tiny and tiny_bad, if all arms differ in the sam
 names them. --average=reward merges arms that differ only in their reward: the mean of a seed's runs
 is one measurement. With --reward='random(0.5),~random(0.5)', which flips the same coins both ways,
 the effect of the coins largely cancels.
+
+On a cluster, each task of a Slurm job array runs one seed, and they share OUT:
+
+    sbatch --array=0-7 --gres=gpu:1 --wrap 'python -m tools.sweep config/random_reward.py \\
+        --clip=both,off --seeds=8 --out=out/clip --task=$SLURM_ARRAY_TASK_ID'
+
+--task=I runs the arms at seed first_seed + I alone and writes no report. The same command, or
+--only_report=True, reports on all seeds once they are there.
 """
 
 import itertools
 import json
+import os
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -49,6 +59,7 @@ class SweepConfig:
     seeds: int = 3  # runs per arm
     first_seed: int = 0  # the seeds are first_seed, first_seed + 1, ...
     out: str = "out/sweep"  # folder for the runs, the table and the figure
+    task: int = -1  # run only this one of the seeds, counted from 0; -1 = all (for job arrays)
     jobs: int = 0  # runs at a time; 0 = one on CUDA, else as many as cores and memory allow
     report: tuple[str, ...] = REPORT  # keys of metrics.jsonl; clip_frac = low + high
     last: int = 10  # steps at the end of a run to average (not for eval_* and clip_*)
@@ -131,6 +142,8 @@ def plan(cfg: SweepConfig, argv: Sequence[str]) -> list[Job]:
         if twin != name:
             raise UserError(f"{name} and {twin} are the same configuration: remove one")
     seeds = range(cfg.first_seed, cfg.first_seed + cfg.seeds)
+    if cfg.task >= 0:
+        seeds = seeds[cfg.task : cfg.task + 1]
     return [
         Job(Path(cfg.out) / name / f"seed{seed}", [*args, f"--seed={seed}"])
         for seed in seeds
@@ -146,19 +159,29 @@ def main(argv: list[str]) -> None:
     for key, least in (("seeds", 1), ("first_seed", 0), ("jobs", 0), ("last", 1)):
         if getattr(cfg, key) < least:
             raise UserError(f"{key}={getattr(cfg, key)}: must be at least {least}")
+    if not -1 <= cfg.task < cfg.seeds:
+        raise UserError(f"task={cfg.task}: seeds={cfg.seeds} make tasks 0 to {cfg.seeds - 1}")
+    if cfg.task >= 0 and cfg.only_report:
+        raise UserError("task: only_report reports on all seeds: leave out --task")
     rest = [arg for arg in argv if arg not in mine]
     if not cfg.only_report:
         jobs = plan(cfg, rest)
         arms = list(dict.fromkeys(job.folder.parent.name for job in jobs))
         at_once = cfg.jobs or how_many(jobs)
-        print(f"{len(arms)} arms x {cfg.seeds} seeds, {at_once} at a time, in {cfg.out}")
+        seeds = "1 seed" if cfg.task >= 0 else f"{cfg.seeds} seeds"
+        print(f"{len(arms)} arms x {seeds}, {at_once} at a time, in {cfg.out}")
         for job in jobs:
             state(job)
         for folder, job in {job.folder.parent: job for job in jobs}.items():
             load_sweep_arm(folder, as_saved(job.config))  # also checks runs of further seeds
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
-        write_json(Path(cfg.out) / "sweep.json", {"arms": arms, "argv": argv})
+        with tempfile.TemporaryDirectory(dir=cfg.out) as own:  # several tasks may write at once
+            write_json(Path(own) / "sweep.json", {"arms": arms, "argv": argv})
+            os.replace(Path(own) / "sweep.json", Path(cfg.out) / "sweep.json")
         run_all(jobs, at_once, Path(cfg.out))
+        if cfg.task >= 0:
+            print(f"report, once all tasks are done: --only_report=True --out={cfg.out}")
+            return
     elif rest:
         raise UserError(
             f"{rest[0]}: has no effect with only_report: use --out, --report, --last, --average "
