@@ -22,7 +22,7 @@ from data import PROMPTS, Problem, prepare
 from engine import EVAL_NOISE, decode, generate
 from eval import load_for_eval
 from harness.configurator import configure
-from harness.errors import UserError, run
+from harness.errors import UserError, printable, run
 from harness.loading import load_model
 from harness.progress import Progress
 from harness.runfiles import over_its_base, read_config, stale, trained_weights
@@ -71,11 +71,6 @@ def fill(cfg: SampleConfig, given: dict) -> SampleConfig:
         values = {"data": cfg.model, "prompt": "none"}
     cfg = replace(cfg, **{key: value for key, value in values.items() if key not in given})
     return over_its_base(cfg, given) if cfg.run and cfg.adapter else cfg
-
-
-def printable(text: str) -> str:
-    """Replace characters that could control the terminal. Newlines stay, tabs become spaces."""
-    return "".join(c if c == "\n" or c.isprintable() else "�" for c in text.expandtabs(4))
 
 
 def side_by_side(columns: list[str], width: int) -> str:

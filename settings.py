@@ -77,7 +77,8 @@ class Config:
     save_every: int = 25  # steps between checkpoints; the last step is always saved; 0 = only last
     seed: int = 0  # seed of data order, sampling, partition, adapter and random rewards
     out_dir: str = ""  # run folder; "" = out/EXPERIMENT-SCALE-seedSEED
-    resume: bool = False  # continue from the checkpoint in out_dir
+    resume: bool = False  # continue from the newest intact checkpoint in out_dir
+    resume_step: int = 0  # with resume: from the checkpoint of this step, one of the last two
 
 
 def check(cfg: Config) -> list[str]:
@@ -95,7 +96,7 @@ def check(cfg: Config) -> list[str]:
             raise UserError(f"{key}={getattr(cfg, key)}: must be at least 1")
     no_less = (
         "lora_r lr kl_coef clip_low clip_high warmup seed eval_every eval_n eval_temperature "
-        "eval_new_tokens save_every threads"
+        "eval_new_tokens save_every threads resume_step"
     ).split()
     for key in no_less:
         if getattr(cfg, key) < 0:
@@ -103,6 +104,8 @@ def check(cfg: Config) -> list[str]:
     for key in ("temperature", "max_grad_norm"):
         if getattr(cfg, key) <= 0:
             raise UserError(f"{key}={getattr(cfg, key)}: must be above 0")
+    if cfg.resume_step and not cfg.resume:
+        raise UserError(f"resume_step={cfg.resume_step}: acts only with --resume=True")
     if cfg.warmup > 1:
         raise UserError(f"warmup={cfg.warmup}: is a share of all updates, must be at most 1")
     if cfg.cispo_cap <= 1:

@@ -1,7 +1,7 @@
 """Adapters on disk, in PEFT's format."""
 
 import json
-import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,22 +10,28 @@ from safetensors.torch import save_file
 from torch import nn
 
 from harness.errors import UserError
+from harness.files import put_in_place, temporary_for, write_whole
 from lora import add_lora, lora_layers
 
 
 def save_tensors(
-    tensors: dict[str, torch.Tensor], path: Path, metadata: dict | None = None
+    tensors: dict[str, torch.Tensor],
+    path: Path,
+    metadata: dict | None = None,
+    before: Callable[[], None] = lambda: None,
 ) -> None:
     """Write a safetensors file. A crash leaves the old or the new file.
 
-    Raises UserError if the disk is full.
+    `before` is called when the new file is complete, before it replaces the old one. Raises
+    UserError if the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = temporary_for(path)
     tensors = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
     try:
         save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
-        os.replace(temporary, path)
+        before()
+        put_in_place(temporary, path)
     except SafetensorError as error:  # for example on a full disk
         temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written: {error}") from error
@@ -52,9 +58,7 @@ def save_adapter(model: nn.Module, folder: Path | str, base: str) -> None:
         "inference_mode": True,
         "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
     }
-    temporary = folder / "adapter_config.json.tmp"
-    temporary.write_text(json.dumps(config, indent=1) + "\n")
-    os.replace(temporary, folder / "adapter_config.json")
+    write_whole(folder / "adapter_config.json", json.dumps(config, indent=1) + "\n")
 
 
 # The options that an adapter_config.json of a plain LoRA may have, with their allowed values. None

@@ -292,6 +292,7 @@ def _help(cls: type, scales: bool) -> str:
     call = f"-m tools.{script.stem}" if script.parent.name == "tools" else script.name
     files = " [config/EXPERIMENT.py] [config/model/SCALE.py]" if scales else ""
     lines = [f"usage: python {call}{files} [--key=value]"]
+    lines += ["       --debug shows the traceback of an error"]
     lines += ["", (cls.__doc__ or "").strip().partition("\n")[0], ""]
     classes = filter(dataclasses.is_dataclass, reversed(cls.__mro__))
     for line in "\n".join(map(inspect.getsource, classes)).splitlines():

@@ -5,7 +5,6 @@ A step is logged before it is saved. The state, not the log, therefore says how 
 
 import itertools
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -13,8 +12,11 @@ from typing import TypeVar
 from safetensors import SafetensorError, safe_open
 
 from harness.errors import UserError
+from harness.files import write_whole
 
-STATE = "state.safetensors"
+STATE = "state.safetensors"  # of the newest checkpoint
+PREVIOUS = "state.previous.safetensors"  # of the checkpoint before it
+UNUSED = "state.unused.safetensors"  # the newest, after a resume from the one before it
 RECORD = "nanorlvr.json"  # beside trained weights: their step, base model and quantisation
 BASE_KEY = "base_model_name_or_path"  # key of the base model in adapter_config.json
 T = TypeVar("T")
@@ -30,13 +32,25 @@ def read_config(folder: Path | str) -> dict:
 
 
 def read_state(folder: Path | str) -> dict[str, str] | None:
-    """The numbers in a run's state (steps_done, logged), or None if there is no state.
+    """The numbers in a run's newest readable state, or None if there is no state.
 
-    Raises UserError if the state is damaged.
+    Raises UserError if there are states but none is readable. harness/states.py also checks their
+    contents.
     """
-    path = Path(folder) / STATE
-    if not path.exists():
-        return None
+    fault = None
+    for path in (Path(folder) / STATE, Path(folder) / PREVIOUS):
+        if path.exists():
+            try:
+                return read_numbers(path)
+            except UserError as error:
+                fault = fault or error
+    if fault:
+        raise fault
+    return None
+
+
+def read_numbers(path: Path) -> dict[str, str]:
+    """The numbers in a state: steps_done, logged, checksum. Raises UserError if it is damaged."""
     try:
         with safe_open(path, "pt") as file:
             numbers = file.metadata()
@@ -159,13 +173,9 @@ def read_jsonl(path: Path) -> list[dict]:
 def save_rows(rows: list[dict], path: Path) -> None:
     """Write rows as .jsonl. A crash leaves the old or the new file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(temporary, path)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_json(path: Path, value: dict) -> None:
     """Write JSON. A crash leaves the old or the new file."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(value, indent=1) + "\n")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from data import Problem, rng
 from grading import last_boxed
-from harness.errors import UserError
+from harness.errors import UserError, printable
 from tasks import arithmetic
 
 SUBSET = 101  # first key of the generator of subset
@@ -61,7 +61,8 @@ def load_problems(
             faults[0] if faults else f"{source}: empty: it needs one JSON object a line"
         )
     if faults:
-        print(f"{source}: {len(faults)} rows left out, such as {faults[0]}", file=sys.stderr)
+        example = printable(faults[0])
+        print(f"{source}: {len(faults)} rows left out, such as {example}", file=sys.stderr)
     if chats:
         print(
             f"{source}: {chats} prompts are chat messages: the user turn is the problem, with any "

@@ -13,7 +13,7 @@ from harness.runfiles import read_config, read_jsonl
 from settings import Config
 
 # Two runs belong to one arm even if they differ in these settings ...
-RUN_KEYS = ("seed", "out_dir", "resume")
+RUN_KEYS = ("seed", "out_dir", "resume", "resume_step")
 # ... or in these, which train.py adapts to the memory it finds.
 MEMORY_KEYS = ("rollout_weights", "micro_batch_tokens")
 

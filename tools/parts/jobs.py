@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from harness.configurator import PROJECT, configure
 from harness.errors import UserError
+from harness.files import no_follow
 from harness.memory import device_memory
 from harness.runfiles import (
     is_complete,
@@ -89,7 +90,7 @@ def state(job: Job) -> str:
 def _wait_until_free(folder: Path, seconds: float = 60.0) -> None:
     """Wait for a run whose sweep was killed, until it has ended its step (see start)."""
     deadline, waited = time.monotonic() + seconds, False
-    with open(folder / "lock", "a") as lock:
+    with open(folder / "lock", "a", opener=no_follow) as lock:
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -110,7 +111,7 @@ def _settled(key: str, wanted, saved) -> bool:
     resumes. The place of a run does not matter.
     """
     return (
-        key in ("out_dir", "resume")
+        key in ("out_dir", "resume", "resume_step")
         or (key == "rollout_weights" and wanted == "auto")
         or (key == "micro_batch_tokens" and saved < wanted)
     )

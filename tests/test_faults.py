@@ -1,0 +1,264 @@
+"""Faults of the machine and hostile files. docs/RELIABILITY.md lists what each of them costs."""
+
+import os
+import stat
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import comparable, run_config
+from safetensors.torch import load_file, save_file
+from test_train import weights
+
+import train as trainer
+from harness import states
+from harness.errors import UserError
+from harness.loading import load_model
+from harness.runfiles import PREVIOUS, STATE, UNUSED, read_jsonl, read_record, read_state
+from lora import add_lora, trainable
+from train import train
+
+
+@pytest.fixture
+def small(tiny_random, tmp_path):
+    return run_config(tiny_random, tmp_path / "run", steps=3, save_every=1, lr=1e-3)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_random, tmp_path_factory):
+    """(metrics, weights) of the uninterrupted run of three steps."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    cfg = run_config(tiny_random, folder, steps=3, save_every=1, lr=1e-3)
+    return comparable(train(cfg)), weights(cfg.out_dir)
+
+
+def goes_on_as(whole, cfg):
+    """The resumed run equals the uninterrupted one, to the bit, and so does its adapter."""
+    history = train(replace(cfg, resume=True))
+    assert comparable(history) == whole[0]
+    assert comparable(read_jsonl(Path(cfg.out_dir) / "metrics.jsonl")) == whole[0]
+    ours = weights(cfg.out_dir)
+    assert all(torch.equal(v, ours[k]) for k, v in whole[1].items())
+    assert read_record(f"{cfg.out_dir}/adapter")["steps_done"] == 3
+
+
+# ------------------------------------------------------------------------------------ checkpoints
+
+
+@pytest.fixture(scope="module")
+def two_states(tiny_random, tmp_path_factory):
+    """A small model with an optimiser, and a folder with its states of steps 1 and 2."""
+    folder = tmp_path_factory.mktemp("states")
+    model, optimizer = adapted(tiny_random)
+    for step in (1, 2):
+        for parameter in trainable(model).values():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        states.write(folder, model, optimizer, step, logged=step)
+    return folder, model, optimizer
+
+
+def adapted(world):
+    model = load_model(world)
+    add_lora(model, 4, 8)
+    return model, torch.optim.AdamW(trainable(model).values(), lr=0.1)
+
+
+def copy_of(folder, to):
+    for name in (STATE, PREVIOUS):
+        (to / name).write_bytes((folder / name).read_bytes())
+    return to
+
+
+def flip(path, bit):
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+def test_any_flipped_bit_is_noticed_and_the_state_before_is_used(two_states, tmp_path, capsys):
+    folder = copy_of(two_states[0], tmp_path)
+    bits = 8 * (folder / STATE).stat().st_size
+    generator = torch.Generator().manual_seed(0)
+    for bit in [*range(0, 64, 7), *torch.randint(bits, (200,), generator=generator).tolist()]:
+        flip(folder / STATE, bit)
+        path, numbers = states.choose(folder)
+        out = capsys.readouterr().out
+        assert path.name == PREVIOUS and numbers["steps_done"] == "1", bit
+        assert str(folder / STATE) in out and "step 1" in out and out.count("\n") == 1
+        flip(folder / STATE, bit)
+    assert states.choose(folder)[0].name == STATE
+    for name in (STATE, PREVIOUS):
+        flip(folder / name, bits // 2)
+    with pytest.raises(UserError, match=STATE):
+        states.choose(folder)
+
+
+@pytest.mark.parametrize("size", [0, 5, 100, 10_000])
+def test_a_state_that_is_cut_off_is_noticed(two_states, tmp_path, size):
+    folder = copy_of(two_states[0], tmp_path)
+    os.truncate(folder / STATE, size)
+    assert states.choose(folder)[1]["steps_done"] == "1"
+    assert read_state(folder)["steps_done"] == "1"
+
+
+def rewritten(change, metadata=None):
+    """A function that changes the tensors of a state and drops its checksum, as an old run's."""
+
+    def apply(path):
+        tensors = change(load_file(path))
+        save_file(tensors, path, metadata or {"steps_done": "2", "logged": "2"})
+
+    return apply
+
+
+def name_of(tensors, kind):
+    return next(name for name in sorted(tensors) if name.startswith(kind))
+
+
+def changed(kind, function):
+    return lambda t: t | {name_of(t, kind): function(t[name_of(t, kind)])}
+
+
+def without(kind):
+    return lambda t: {name: value for name, value in t.items() if name != name_of(t, kind)}
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (changed("weight", lambda v: v[:1].clone()), "weight"),  # would be broadcast
+        (changed("weight", lambda v: v.double()), "float64"),
+        (changed("weight", lambda v: v.to(torch.int32)), "int32"),
+        (changed("exp_avg:", lambda v: v[:1].clone()), "exp_avg"),
+        (changed("step", lambda v: v + 1), "step"),
+        (changed("step", lambda v: v.reshape(1)), "step"),
+        (without("weight"), "weight"),
+        (without("exp_avg:"), "exp_avg"),
+        (without("exp_avg_sq"), "exp_avg_sq"),
+        (without("step"), "step"),
+        (lambda t: {k: v for k, v in t.items() if k.startswith("weight")}, "exp_avg"),
+        (lambda t: t | {"weight:other": torch.zeros(1)}, "other"),
+    ],
+)
+def test_a_state_with_other_tensors_is_refused(two_states, tmp_path, tiny_random, change, word):
+    folder = copy_of(two_states[0], tmp_path)
+    rewritten(change)(folder / STATE)
+    model, optimizer = adapted(tiny_random)
+    before = [p.clone() for p in trainable(model).values()]
+    with pytest.raises(UserError, match=f"{STATE}.*{word}"):
+        states.restore(folder / STATE, model, optimizer, updates_per_step=1)
+    assert all(map(torch.equal, before, trainable(model).values()))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_state_that_is_not_finite_is_not_used(two_states, tmp_path, capsys, value):
+    folder = copy_of(two_states[0], tmp_path)
+    rewritten(changed("exp_avg:", lambda v: v.index_fill(0, torch.tensor(0), value)))(
+        folder / STATE
+    )
+    assert states.choose(folder)[1]["steps_done"] == "1"
+    assert "not finite" in capsys.readouterr().out
+
+
+def test_weights_that_are_not_finite_never_replace_a_good_state(tiny_random, tmp_path):
+    model, optimizer = adapted(tiny_random)
+    states.write(tmp_path, model, optimizer, 1, 1)
+    before = (tmp_path / STATE).read_bytes()
+    with torch.no_grad():
+        next(iter(trainable(model).values()))[0, 0] = float("nan")
+    with pytest.raises(UserError, match="not finite"):
+        states.write(tmp_path, model, optimizer, 2, 2)
+    assert (tmp_path / STATE).read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("lora_r", [4, 0])
+def test_a_step_that_poisons_the_weights_costs_one_step(small, monkeypatch, lora_r):
+    update = trainer.update
+
+    def poison(model, optimizer, rollouts, *args):
+        metrics = update(model, optimizer, rollouts, *args)
+        if rollouts.step == 3:
+            next(iter(trainable(model).values())).data[0] = float("inf")
+        return metrics
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "update", poison)
+        with pytest.raises(UserError, match="not finite after step 3"):
+            train(replace(small, lora_r=lora_r))
+    assert read_state(small.out_dir)["steps_done"] == "2"
+    assert len(train(replace(small, lora_r=lora_r, resume=True))) == 3
+
+
+@pytest.mark.slow
+def test_a_damaged_newest_state_costs_the_steps_since_the_one_before(small, whole, capsys):
+    train(replace(small, steps=2))
+    folder = Path(small.out_dir)
+    flip(folder / STATE, 8 * ((folder / STATE).stat().st_size - 100))
+    damaged = (folder / STATE).read_bytes()
+    capsys.readouterr()
+    goes_on_as(whole, small)
+    out = capsys.readouterr().out
+    assert f"{folder / STATE}: damaged" in out and "resumed after step 1" in out
+    assert (folder / UNUSED).read_bytes() == damaged
+
+
+@pytest.mark.slow
+def test_resume_step_goes_back_to_the_checkpoint_before(small, whole, capsys):
+    train(small)
+    with pytest.raises(UserError, match="resume_step=1.* 3 and 2"):
+        train(replace(small, resume=True, resume_step=1))
+    with pytest.raises(UserError, match="resume_step"):
+        train(replace(small, out_dir=small.out_dir + "2", resume_step=1))
+    goes_on_as(whole, replace(small, resume_step=2))
+    assert "resumed after step 2" in capsys.readouterr().out
+    train(replace(small, resume=True))  # resume_step does not stay in force
+    assert "resumed after step 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_previous_state_is_kept(two_states, tmp_path, monkeypatch, links):
+    _, model, optimizer = two_states
+    if not links:
+        monkeypatch.delattr(os, "link")
+        monkeypatch.setattr(os, "link", lambda *_: exec("raise OSError"), raising=False)
+    for step in (1, 2, 3):
+        states.write(tmp_path, model, optimizer, step, logged=step)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {STATE, PREVIOUS}
+    assert states.choose(tmp_path)[1]["steps_done"] == "3"
+    assert states.choose(tmp_path, 2)[0].name == PREVIOUS
+
+
+@pytest.mark.parametrize("call", ["link", "replace"])
+def test_a_kill_between_two_renames_leaves_a_state(two_states, tmp_path, monkeypatch, call):
+    folder, model, optimizer = two_states
+    copy_of(folder, tmp_path)
+    real = getattr(os, call)
+
+    class Killed(BaseException):
+        pass
+
+    for after in (False, True):
+
+        def killed(*args, after=after):
+            if after:
+                real(*args)
+            raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, killed)
+            with pytest.raises(Killed):
+                states.write(tmp_path, model, optimizer, 3, logged=3)
+        assert states.choose(tmp_path)[1]["steps_done"] in ("2", "3")
+    states.write(tmp_path, model, optimizer, 3, logged=3)
+    assert {path.name for path in tmp_path.iterdir()} == {STATE, PREVIOUS}
+    assert states.choose(tmp_path)[1]["steps_done"] == "3"
+
+
+def test_files_have_the_permissions_that_the_umask_asks_for(two_states):
+    from harness.files import UMASK
+
+    for path in two_states[0].iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~UMASK
