@@ -29,10 +29,18 @@ from engine import EVAL_NOISE, decode_rows, generate
 from harness.adapters import load_adapter
 from harness.configurator import configure
 from harness.errors import UserError, run
+from harness.inputs import of_weights
 from harness.loading import check_positions, choose_device, load_model, load_tokenizer
-from harness.partial import Kept, fingerprint
+from harness.partial import Kept
 from harness.progress import Progress
-from harness.runfiles import over_its_base, read_config, save_rows, stale, trained_weights
+from harness.runfiles import (
+    over_its_base,
+    read_config,
+    save_rows,
+    stale,
+    trained_weights,
+    write_json,
+)
 from model import end_token_ids
 from tasks import answers, labels, tiny
 from tasks.datasets import load_completions, load_problems, subset
@@ -149,7 +157,7 @@ def evaluate(
     """
     settings = {}
     if path is not None:
-        settings = {"weights": fingerprint(model), "problems": labels.fingerprint(items)}
+        settings = {"weights": of_weights(model), "problems": labels.fingerprint(items)}
         settings |= {k: v for k, v in vars(sampling).items() if k != "rollout_rows"}
     with Kept(path, settings) as kept:
         if kept.rows:
@@ -241,6 +249,7 @@ def grade_completions(rows: list[dict]) -> tuple[dict, list[dict], list[tuple[in
     lenient = grading.grader().grade([grading.lenient_answer(t) for t in texts], golds)
     summary["lenient_accuracy"] = float(np.mean(lenient))
     summary["grader_timeouts"] = grading.grader().timeouts
+    summary["grader_crashes"] = grading.grader().errors
     odd = []
     if all(isinstance(row.get("correct"), list) for row in rows):
         odd = [
@@ -394,7 +403,7 @@ def main(argv: list[str]) -> None:
     )
     path = folder / "completions.jsonl"
     summary, _ = evaluate(model, tokenizer, items, sampling, path=path)
-    (folder / "summary.json").write_text(json.dumps({**vars(cfg), **summary}, indent=1) + "\n")
+    write_json(folder / "summary.json", {**vars(cfg), **summary})
     print_summary(summary, folder)
 
 

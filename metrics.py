@@ -62,7 +62,12 @@ def describe(
         if one.missing(r) in ([], ["base_self_certainty"]):  # base_every may skip the base
             summary = watch(one, r, correct, failed)
             metrics |= {f"{one}/{name}": value for name, value in summary.items()}
-    return metrics | {"grader_timeouts": grading.grader().timeouts}
+    grader = grading.grader()
+    return metrics | {
+        "grader_timeouts": grader.timeouts,
+        "grader_repeats": grader.repeats,
+        "grader_crashes": grader.errors,
+    }
 
 
 def watch(one: Reward, r: Rollouts, correct: torch.Tensor, failed: set[str]) -> dict:

@@ -50,6 +50,7 @@ from harness.checkpoint import RunFolder
 from harness.configurator import configure, format_config
 from harness.errors import UserError, run
 from harness.expressions import Reward
+from harness.inputs import of_problems, of_weights, weights_key
 from harness.loading import check_positions, choose_device, load_model, load_tokenizer
 from harness.memory import DecodeWeights, decode_with, peak_memory, phase, settle
 from harness.progress import Progress
@@ -414,7 +415,9 @@ def setup(cfg: Config) -> Run:
 
     cfg = keep_settled(cfg)
     folder = RunFolder(Path(cfg.out_dir), asdict(cfg), cfg.resume)
+    folder.compare_inputs({"eval_data": of_problems(eval_items), "train_data": of_problems(items)})
     model = load_model(name, cfg.quant, dtype, device)
+    folder.compare_inputs({weights_key("model", model): of_weights(model)})
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     longest_response = max(cfg.max_new_tokens, cfg.eval_new_tokens)
@@ -443,6 +446,9 @@ def setup(cfg: Config) -> Run:
     }
     for second in second_models.values():
         second.check_budget(cfg.max_prompt_tokens, cfg.max_new_tokens)
+        folder.compare_inputs(
+            {weights_key(f"cross_model {second.name}", second.model): of_weights(second.model)}
+        )
     models = [model, *([frozen] if frozen else []), *(m.model for m in second_models.values())]
     decode_weights = settle(models, cfg)
     folder.config = asdict(cfg)  # includes the choices of settle, so that a resumed run keeps them

@@ -38,6 +38,7 @@ from harness.runfiles import (
     STATE,
     read_config,
     read_history,
+    read_inputs,
     read_jsonl,
     read_record,
     read_state,
@@ -91,6 +92,7 @@ class RunFolder:
             raise UserError(f"out_dir={folder}: another process is running in it") from error
         self.history: list[dict] = []  # the rows of metrics.jsonl
         self._resume, self.config = resume, config
+        self.inputs = read_inputs(folder) if resume else {}  # fingerprints
         step = config.get("resume_step", 0)
         chosen = states.choose(folder, step) if resume else read_state(folder)
         if resume and chosen is None:
@@ -128,6 +130,16 @@ class RunFolder:
                 f"resume: steps={config['steps']}, but the run has already made {done} steps: "
                 "raise --steps, or start a new run in another --out_dir"
             )
+
+    def compare_inputs(self, inputs: dict[str, str]) -> None:
+        """Note fingerprints of what the run reads. Raises UserError if a resumed run had others."""
+        for key, now in inputs.items():
+            if (before := self.inputs.setdefault(key, now)) != now:
+                name = self.config.get(key.split(" ")[0], "")
+                raise UserError(
+                    f"resume: {key} {name} has changed since the run began (it was {before}, and "
+                    f"is now {now}): restore it, or start a new run in another --out_dir"
+                )
 
     # ------------------------------------------------------------------------------------- state
 
@@ -234,7 +246,10 @@ class RunFolder:
             self._cut_logs()
         else:
             self._set_aside()
-        write_json(self.folder / "config.json", {"config": self.config, **_provenance()})
+        write_json(
+            self.folder / "config.json",
+            {"config": self.config, "inputs": self.inputs, **_provenance()},
+        )
         return self
 
     def __exit__(self, *error) -> None:

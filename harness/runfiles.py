@@ -31,6 +31,15 @@ def read_config(folder: Path | str) -> dict:
         raise UserError(f"{folder}: no readable config.json of a run in it") from error
 
 
+def read_inputs(folder: Path | str) -> dict[str, str]:
+    """The fingerprints of a run's inputs (harness/inputs.py), or {} if it has none."""
+    try:
+        inputs = json.loads((Path(folder) / "config.json").read_text())["inputs"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # older runs have none
+        return {}
+    return inputs if isinstance(inputs, dict) else {}
+
+
 def read_state(folder: Path | str) -> dict[str, str] | None:
     """The numbers in a run's newest readable state, or None if there is no state.
 

@@ -85,7 +85,7 @@ def choose(folder: Path, step: int = 0) -> tuple[Path, dict[str, str]] | None:
         return path, numbers
     if faults:
         raise UserError(
-            f"{faults[0]}: no other checkpoint to resume from: start a new run in another --out_dir"
+            f"{faults[0]}: there is no other checkpoint: start a new run in another --out_dir"
         )
     if paths:
         raise UserError(f"resume_step={step}: the checkpoints are of step {' and '.join(steps)}")

@@ -1,6 +1,9 @@
 """Faults of the machine and hostile files. docs/RELIABILITY.md lists what each of them costs."""
 
+import contextlib
+import json
 import os
+import shutil
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +14,22 @@ from conftest import comparable, run_config
 from safetensors.torch import load_file, save_file
 from test_train import weights
 
+import grading
 import train as trainer
 from harness import states
+from harness.adapters import save_adapter
 from harness.errors import UserError
+from harness.inputs import of_weights
 from harness.loading import load_model
-from harness.runfiles import PREVIOUS, STATE, UNUSED, read_jsonl, read_record, read_state
+from harness.runfiles import (
+    PREVIOUS,
+    STATE,
+    UNUSED,
+    read_jsonl,
+    read_record,
+    read_state,
+    write_json,
+)
 from lora import add_lora, trainable
 from train import train
 
@@ -262,3 +276,151 @@ def test_files_have_the_permissions_that_the_umask_asks_for(two_states):
 
     for path in two_states[0].iterdir():
         assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~UMASK
+
+
+# ------------------------------------------------------------------------------------------ inputs
+
+
+def own_data(world, folder):
+    """A copy of the world's training problems that a test may change."""
+    path = folder / "mine.jsonl"
+    lines = (Path(world) / "train.jsonl").read_text().splitlines()[:40]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("what", ["train_data", "eval_data"])
+def test_other_rows_under_the_same_name_are_refused_on_resume(small, tiny_random, tmp_path, what):
+    data = own_data(tiny_random, tmp_path)
+    cfg = replace(small, **{what: str(data)})
+    train(replace(cfg, steps=2))
+    config = Path(small.out_dir, "config.json").read_text()
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    for change in ({"answer": "77"}, {"problem": "Start: 1 add 1?"}):
+        data.write_text("".join(json.dumps(row | change) + "\n" for row in [rows[0], *rows[1:2]]))
+        with pytest.raises(UserError, match=f"{what} .*mine.jsonl"):
+            train(replace(cfg, resume=True))
+        assert Path(small.out_dir, "config.json").read_text() == config
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(train(replace(cfg, resume=True))) == 3
+
+
+def test_other_weights_under_the_same_name_are_refused_on_resume(small, tiny_random, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_random, model)
+    cfg = replace(small, model=str(model))
+    train(replace(cfg, steps=2))
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    name = name_of(tensors, "model.layers.0.mlp")
+    changed = tensors | {name: tensors[name].clone()}
+    changed[name][0, 0] = changed[name][0, 0].nextafter(torch.tensor(1.0))  # the last bit
+    save_file(changed, file, {"format": "pt"})
+    with pytest.raises(UserError, match="resume: model"):
+        train(replace(cfg, resume=True))
+    save_file(tensors, file, {"format": "pt"})
+    assert len(train(replace(cfg, resume=True))) == 3
+
+
+def test_a_fingerprint_of_weights_does_not_depend_on_the_threads(tiny_random):
+    model = load_model(tiny_random)
+    found = set()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.add(of_weights(model))
+    torch.set_num_threads(1)
+    odd = torch.nn.Linear(3, 1).bfloat16()  # 6 and 2 bytes: no whole number of 64-bit integers
+    found.add(of_weights(odd))
+    odd.weight.data[0, 2] += 1
+    found.add(of_weights(odd))
+    assert len(found) == 3
+
+
+# ------------------------------------------------------------------------------------------ grader
+
+
+@pytest.mark.slow
+def test_a_forked_child_has_workers_of_its_own():
+    """Both grade at the same time. With shared pipes one would read the other's replies."""
+    pairs = [(f"n+{i}", f"{i}+n" if i % 2 else f"{i}-n") for i in range(60)]
+    right = [bool(i % 2) for i in range(60)]
+    with grading.Grader(workers=1) as grader:
+        assert grader.grade(["x+1"], ["1+x"]) == [True]
+        pids = {worker.process.pid for worker in grader._workers}
+        child = os.fork()
+        if not child:
+            verdicts = grader.grade(*map(list, zip(*pairs, strict=True)))
+            grader.close()
+            os._exit(0 if verdicts == right else 1)
+        shuffled = pairs[::-1]
+        assert grader.grade(*map(list, zip(*shuffled, strict=True))) == right[::-1]
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert {worker.process.pid for worker in grader._workers} == pids
+        assert grader.errors == 0 and grader.timeouts == 0
+
+
+def test_time_outs_that_come_again_and_crashes_are_counted(monkeypatch):
+    replies = {"slow": ["timeout"], "gone": ["crash", "crash"], "late": ["crash", "true"]}
+    with grading.Grader(workers=1) as grader:
+        monkeypatch.setattr(grader, "_ask_all", lambda pairs: [replies[a[:4]] for a, _ in pairs])
+        answers = ["slow+n", "slow+n", "gone+n", "late+n"]
+        assert grader.grade(answers, ["n+1"] * 4) == [False, False, False, True]
+        assert (grader.timeouts, grader.repeats, grader.errors) == (1, 1, 3)
+        replies["gone"] = ["true"]  # a crash is not remembered as a verdict
+        assert grader.grade(answers, ["n+1"] * 4) == [False, False, True, True]
+        assert (grader.timeouts, grader.repeats, grader.errors) == (1, 3, 3)
+
+
+def test_the_log_has_what_the_grader_failed_at(small):
+    row = train(replace(small, steps=1))[0]
+    assert {"grader_timeouts", "grader_repeats", "grader_crashes"} <= set(row)
+
+
+# ------------------------------------------------------------------------------------------- links
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lock",
+        "config.json.tmp",
+        "metrics.jsonl.tmp",
+        "samples.jsonl.tmp",
+        "state.safetensors.tmp",
+        "state.previous.safetensors.tmp",
+        "adapter/adapter_config.json.tmp",
+        "adapter/adapter_model.safetensors.tmp",
+        "adapter/nanorlvr.json.tmp",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "eval/step_00000.jsonl.progress",
+        "eval/step_00000.jsonl.tmp",
+    ],
+)
+def test_nothing_is_written_through_a_link_in_a_run_folder(small, tmp_path, name):
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    os.chmod(precious, 0o640)
+    link = Path(small.out_dir) / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(precious)
+    cfg = replace(small, steps=2, eval_every=2)
+    with contextlib.suppress(UserError):  # a lock that is a link is refused
+        if name.startswith("adapter/"):  # a folder with an adapter is refused
+            model, _ = adapted(cfg.model)
+            save_adapter(model, link.parent, cfg.model)
+            write_json(link.parent / "nanorlvr.json", {})
+        else:
+            train(cfg)
+    assert precious.read_text() == "mine" and stat.S_IMODE(precious.stat().st_mode) == 0o640
+
+
+def test_a_link_named_model_tmp_is_removed_and_not_followed(small, tmp_path):
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "notes").write_text("mine")
+    Path(small.out_dir).mkdir()
+    (Path(small.out_dir) / "model.tmp").symlink_to(precious)
+    train(replace(small, lora_r=0, steps=1))
+    assert [path.name for path in precious.iterdir()] == ["notes"]
+    assert (Path(small.out_dir) / "model" / "model.safetensors").exists()

@@ -434,7 +434,7 @@ def test_a_bad_reward_is_named_in_one_line(bad, function):
 
 def test_a_reward_that_fails_late_costs_one_step(small, bad, monkeypatch):
     bad(lambda r, B: torch.rand(B) if r.step < 3 else 1 / 0)
-    monkeypatch.setattr(rewards, "watched", lambda: [])
+    monkeypatch.setattr(rewards, "watched", lambda _: [])
     with pytest.raises(UserError, match="reward 'bad' failed at test_runs.py:.*as of step 2"):
         train(replace(small, reward="bad", eval_every=0))
     assert read_state(small.out_dir)["steps_done"] == "2"
