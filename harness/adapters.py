@@ -11,6 +11,7 @@ from torch import nn
 
 from harness.errors import UserError
 from harness.files import put_in_place, temporary_for, write_whole
+from harness.strict_json import read_json
 from lora import add_lora, lora_layers
 
 
@@ -86,6 +87,9 @@ PLAIN_LORA: dict[str, tuple | None] = {
 }
 
 
+LARGEST_RANK = 100_000  # above any model's width
+
+
 def _unknown_options(config: dict) -> str:
     """The options that a plain LoRA does not have, as text; "" if there are none."""
     odd = []
@@ -96,9 +100,10 @@ def _unknown_options(config: dict) -> str:
             odd.append(f"{key}={value!r}"[:80])
     if config.get("peft_type") != "LORA":
         odd.append(f"peft_type={config.get('peft_type')!r}"[:80])
-    if type(config.get("r")) is not int or config["r"] < 1:
+    if type(config.get("r")) is not int or not 1 <= config["r"] <= LARGEST_RANK:
         odd.append(f"r={config.get('r')!r}"[:80])
-    if not isinstance(config.get("lora_alpha"), int | float):
+    alpha = config.get("lora_alpha")
+    if type(alpha) not in (int, float) or not abs(alpha) <= 1e9:  # nor nan
         odd.append(f"lora_alpha={config.get('lora_alpha')!r}"[:80])
     return ", ".join(dict.fromkeys(odd))
 
@@ -111,7 +116,7 @@ def load_adapter(model: nn.Module, folder: Path | str) -> None:
     """
     folder = Path(folder)
     try:
-        config = json.loads((folder / "adapter_config.json").read_text())
+        config = read_json(folder / "adapter_config.json")
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError as error:
@@ -120,8 +125,6 @@ def load_adapter(model: nn.Module, folder: Path | str) -> None:
         ) from error
     except (ValueError, OSError, SafetensorError) as error:
         raise UserError(f"{folder}: the adapter cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{folder}: adapter_config.json is not a JSON object")
     if odd := _unknown_options(config):
         raise UserError(f"{folder}: not a plain LoRA adapter: {odd}")
     if not tensors:

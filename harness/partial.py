@@ -10,6 +10,7 @@ from pathlib import Path
 
 from harness.errors import UserError
 from harness.files import no_follow
+from harness.strict_json import parse_json
 
 
 class ProgressFile:
@@ -37,7 +38,7 @@ class ProgressFile:
         self._file.seek(0)
         text = self._file.read()
         text = text[: text.rfind("\n") + 1]
-        lines = [json.loads(line) for line in text.splitlines()]
+        lines = [parse_json(line) for line in text.splitlines()]
         self._file.truncate(len(text))
         return lines
 

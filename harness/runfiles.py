@@ -11,8 +11,9 @@ from typing import TypeVar
 
 from safetensors import SafetensorError, safe_open
 
-from harness.errors import UserError
+from harness.errors import UserError, printable
 from harness.files import write_whole
+from harness.strict_json import parse_json, read_json
 
 STATE = "state.safetensors"  # of the newest checkpoint
 PREVIOUS = "state.previous.safetensors"  # of the checkpoint before it
@@ -26,7 +27,10 @@ def read_config(folder: Path | str) -> dict:
     """The configuration of a run. Raises UserError if the folder does not hold one."""
     path = Path(folder) / "config.json"
     try:
-        return json.loads(path.read_text())["config"]
+        config = read_json(path)["config"]
+        if not isinstance(config, dict):
+            raise ValueError("config is not a JSON object")
+        return config
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: no readable config.json of a run in it") from error
 
@@ -34,8 +38,8 @@ def read_config(folder: Path | str) -> dict:
 def read_inputs(folder: Path | str) -> dict[str, str]:
     """The fingerprints of a run's inputs (harness/inputs.py), or {} if it has none."""
     try:
-        inputs = json.loads((Path(folder) / "config.json").read_text())["inputs"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # older runs have none
+        inputs = read_json(Path(folder) / "config.json")["inputs"]
+    except (OSError, ValueError, KeyError):  # older runs have none
         return {}
     return inputs if isinstance(inputs, dict) else {}
 
@@ -72,10 +76,9 @@ def read_numbers(path: Path) -> dict[str, str]:
 def read_record(folder: Path | str) -> dict:
     """The record beside trained weights, or {} if there is no readable one."""
     try:
-        record = json.loads((Path(folder) / RECORD).read_text())
+        return read_json(Path(folder) / RECORD)
     except (OSError, ValueError):
         return {}
-    return record if isinstance(record, dict) else {}
 
 
 def read_history(folder: Path, state: dict[str, str]) -> list[dict]:
@@ -146,10 +149,16 @@ def over_its_base(cfg: T, given: dict) -> T:
         raise UserError(f"adapter={folder}: no adapter_config.json in it: name an adapter's folder")
     record = read_record(folder)
     try:
-        base = json.loads((folder / "adapter_config.json").read_text())[BASE_KEY]
-    except (OSError, ValueError, KeyError, TypeError):
+        base = read_json(folder / "adapter_config.json").get(BASE_KEY)
+    except (OSError, ValueError):
         base = None  # load_adapter will report what is wrong
     found = {"model": record.get("base_model") or base, "quant": record.get("quant")}
+    for key, value in found.items():
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"{folder}: its {key} is not text: {str(value)[:80]}")
+    found = {key: value and printable(value) for key, value in found.items()}
+    if found["quant"] not in (None, "none", "nf4"):
+        raise UserError(f"{folder}/{RECORD}: quant is neither none nor nf4: {found['quant']}")
     for key, value in found.items():
         if value and key in given and given[key] != value:
             print(f"warning: {folder} was trained with {key}={value}, not {given[key]}")
@@ -170,7 +179,7 @@ def read_jsonl(path: Path) -> list[dict]:
     rows = []
     for line in path.read_text(errors="replace").split("\n")[:-1] if path.exists() else []:
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             break
         if not isinstance(row, dict):

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from data import Problem, rng
 from grading import last_boxed
 from harness.errors import UserError, printable
+from harness.strict_json import parse_json
 from tasks import arithmetic
 
 SUBSET = 101  # first key of the generator of subset
@@ -108,14 +109,16 @@ def _file_rows(path: Path, split: str) -> Iterable[tuple[str, Any]]:
     line = 1
     try:
         if text.lstrip().startswith("["):
-            for i, row in enumerate(json.loads(text), start=1):
+            for i, row in enumerate(parse_json(text), start=1):
                 yield f"{path}: row {i}", row
         else:
             for line, content in enumerate(text.split("\n"), start=1):
                 if content.strip():
-                    yield f"{path}:{line}", json.loads(content)
+                    yield f"{path}:{line}", parse_json(content)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{line + error.lineno - 1}: not JSON: {error.msg}") from None
+    except ValueError as error:
+        raise UserError(f"{path}:{line}: not JSON: {error}") from None
 
 
 def _hub_rows(source: str, split: str) -> Iterable[tuple[str, Any]]:
@@ -241,8 +244,8 @@ def load_completions(file: str) -> list[dict]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise UserError(f"{file}:{number}: not JSON ({error})") from error
         texts = row.get("completions") if isinstance(row, dict) else None
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
