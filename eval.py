@@ -35,13 +35,13 @@ from harness.partial import Kept
 from harness.progress import Progress
 from harness.runfiles import (
     over_its_base,
-    read_config,
     save_rows,
     stale,
     trained_weights,
     write_json,
 )
 from model import end_token_ids
+from settings import read_settings
 from tasks import answers, labels, tiny
 from tasks.datasets import load_completions, load_problems, subset
 from tasks.labels import LabelBy
@@ -268,7 +268,7 @@ def fill(cfg: EvalConfig, given: dict) -> EvalConfig:
         cfg = over_its_base(cfg, given)
     values: dict = {"data": "deepscaler"} if cfg.labels else {}
     if cfg.run:
-        saved = read_config(cfg.run)
+        saved = read_settings(cfg.run)
         same = ("model", "quant", "prompt", "dtype", "max_prompt_tokens", "max_new_tokens")
         values = {key: saved[key] for key in (*same, "rollout_rows")}
         if cfg.labels:

@@ -166,9 +166,9 @@ def summary_table(history: list[dict], folder: Path) -> None:
     keys += "clip_frac_high kl"
     columns += [(key, steps) for key in keys.split()]
     for key, rows in columns:
-        values = [m[key] for m in rows if m.get(key) is not None]
+        values = [m[key] for m in rows if isinstance(m.get(key), int | float)]
         if values:
             print(f"{key:<24}{values[0]:>10.4f}{values[-1]:>10.4f}")
-    seconds = sum(m["seconds"] for m in steps)
+    seconds = sum(m["seconds"] for m in steps if isinstance(m.get("seconds"), int | float))
     print(f"{len(steps)} steps, {seconds / 60:.1f} min; run folder {folder}")
     print(f"look at it: python -m tools.plot {folder}   python sample.py --run={folder}")

@@ -25,9 +25,10 @@ from harness.configurator import configure
 from harness.errors import UserError, printable, run
 from harness.loading import load_model
 from harness.progress import Progress
-from harness.runfiles import over_its_base, read_config, stale, trained_weights
+from harness.runfiles import over_its_base, stale, trained_weights
 from lora import adapter_off
 from model import end_token_ids
+from settings import read_settings
 from tasks import tiny
 from tasks.datasets import load_problems
 
@@ -63,7 +64,7 @@ def fill(cfg: SampleConfig, given: dict) -> SampleConfig:
         cfg = over_its_base(cfg, given)
     values = {}
     if cfg.run:
-        saved = read_config(cfg.run)
+        saved = read_settings(cfg.run)
         names = ("model", "quant", "prompt", "temperature", "max_new_tokens", "dtype")
         values = {name: saved[name] for name in names} | {"data": saved["eval_data"]}
         values |= {k: v for k, v in trained_weights(cfg.run).items() if k == "adapter"}

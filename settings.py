@@ -3,12 +3,13 @@
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_origin, get_type_hints
 
 import rewards
 from grpo import AdvNorm, Clip, KLType, Loss, LossAgg
+from harness.configurator import as_type
 from harness.errors import UserError
-from harness.runfiles import read_config
+from harness.runfiles import SavedConfig, read_config
 from lora import RolloutWeights
 
 
@@ -241,11 +242,28 @@ def keep_settled(cfg: Config) -> Config:
     """
     there = (Path(cfg.out_dir) / "config.json").is_file()  # otherwise RunFolder reports it
     if cfg.resume and there and cfg.rollout_weights == "auto" and cfg.lora_r:
-        saved = read_config(cfg.out_dir).get(
+        saved = read_settings(cfg.out_dir).get(
             "rollout_weights", "adapter"
         )  # older runs had no other
         return replace(cfg, rollout_weights=saved)
     return replace(cfg)
+
+
+def read_settings(folder: Path | str) -> SavedConfig:
+    """The configuration of a run, for reading a run of any origin.
+
+    Raises UserError if there is none or if a setting has a value of another type. Choices that an
+    older version had are kept.
+    """
+    saved = read_config(folder)
+    for key, kind in get_type_hints(Config).items():
+        choice = get_origin(kind) is Literal and isinstance(saved.get(key), str)
+        if key in saved and not choice:
+            try:
+                as_type(saved[key], kind)
+            except ValueError as error:
+                raise UserError(f"{saved.path}: {key} {error}") from None
+    return saved
 
 
 def learning_rate(cfg: Config, update_index: int) -> float:

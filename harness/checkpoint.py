@@ -84,8 +84,11 @@ class RunFolder:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(folder / "lock", "a", opener=no_follow)
-        except OSError as error:
-            raise UserError(f"out_dir={folder}: cannot be written: {error.strerror}") from error
+        except (OSError, RecursionError) as error:
+            reason = getattr(error, "strerror", "too many folders in one another")
+            if (folder / "lock").is_symlink():
+                reason = "its file `lock` is a symbolic link: delete it"
+            raise UserError(f"out_dir={folder}: cannot be written: {reason}") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

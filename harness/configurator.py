@@ -243,6 +243,8 @@ def as_type(value: Any, kind: Any) -> Any:
             wants = f"wants a finite number, got {value!r}"
         elif kind is float or value == int(value):  # 1e5 is also a whole number
             return kind(value)
+    elif kind is str and isinstance(value, str) and "\0" in value:
+        wants = "must not hold a null character"
     elif type(value) is kind:
         return value
     raise ValueError(wants)

@@ -23,14 +23,25 @@ BASE_KEY = "base_model_name_or_path"  # key of the base model in adapter_config.
 T = TypeVar("T")
 
 
-def read_config(folder: Path | str) -> dict:
+class SavedConfig(dict):
+    """The configuration of a run. Reading a setting that it lacks raises UserError."""
+
+    def __init__(self, values: dict, path: Path):
+        super().__init__(values)
+        self.path = path
+
+    def __missing__(self, key: str):
+        raise UserError(f"{self.path}: lacks the setting {key}")
+
+
+def read_config(folder: Path | str) -> SavedConfig:
     """The configuration of a run. Raises UserError if the folder does not hold one."""
     path = Path(folder) / "config.json"
     try:
         config = read_json(path)["config"]
         if not isinstance(config, dict):
             raise ValueError("config is not a JSON object")
-        return config
+        return SavedConfig(config, path)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: no readable config.json of a run in it") from error
 
@@ -182,7 +193,7 @@ def read_jsonl(path: Path) -> list[dict]:
             row = parse_json(line)
         except ValueError:
             break
-        if not isinstance(row, dict):
+        if not isinstance(row, dict) or type(row.get("step", 0)) is not int:
             break
         rows.append(row)
     return rows

@@ -4,33 +4,48 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import stat
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import comparable, run_config
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_train import weights
+from transformers import LlamaForCausalLM
 
+import eval as evaluation
 import grading
+import sample
 import train as trainer
-from harness import states
-from harness.adapters import save_adapter
+from eval import EvalConfig, load_for_eval
+from harness import adapters, loading, states
+from harness.adapters import load_adapter, save_adapter
+from harness.configurator import PROJECT
 from harness.errors import UserError
 from harness.inputs import of_weights
-from harness.loading import load_model
+from harness.leftovers import remove_leftovers
+from harness.loading import load_model, load_tokenizer
 from harness.runfiles import (
     PREVIOUS,
     STATE,
     UNUSED,
+    over_its_base,
     read_jsonl,
     read_record,
     read_state,
     write_json,
 )
 from lora import add_lora, trainable
+from tasks.datasets import load_completions, load_problems
+from tools.parts.arms import load_arms
 from train import train
 
 
@@ -424,3 +439,268 @@ def test_a_link_named_model_tmp_is_removed_and_not_followed(small, tmp_path):
     train(replace(small, lora_r=0, steps=1))
     assert [path.name for path in precious.iterdir()] == ["notes"]
     assert (Path(small.out_dir) / "model" / "model.safetensors").exists()
+
+
+# ----------------------------------------------------------------------------- hostile content
+
+DEEP = b"[" * 100_000
+ODD = {
+    "binary": bytes(range(256)),
+    "a list": b"[1]",
+    "null": b"null",
+    "deep": DEEP,
+    "a deep object": b'{"a":' * 5000 + b"1" + b"}" * 5000,
+    "5,000 digits": b'{"r": ' + b"9" * 5000 + b"}",
+    "text": b'"x"',
+    "empty": b"",
+    "NaN": b"NaN",
+    "half a surrogate pair": b'{"peft_type": "\\ud800"}',
+}
+
+
+def one_line(function, *args):
+    """Call a function that must end with a UserError of one line. Return the line."""
+    with pytest.raises(UserError) as error:
+        function(*args)
+    line = str(error.value)
+    assert line and "\n" not in line
+    return line
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_random, tmp_path_factory):
+    """The content of an adapter_config.json, and a folder with an adapter."""
+    folder = tmp_path_factory.mktemp("adapter")
+    save_adapter(adapted(tiny_random)[0], folder, tiny_random)
+    return json.loads((folder / "adapter_config.json").read_text()), folder
+
+
+@pytest.mark.parametrize("content", ODD.values(), ids=ODD)
+def test_an_odd_adapter_config_is_one_line(adapter, tiny_random, content):
+    _, folder = adapter
+    (folder / "adapter_config.json").write_bytes(content)
+    assert str(folder) in one_line(load_adapter, load_model(tiny_random), folder)
+    cfg = EvalConfig(adapter=str(folder))
+    one_line(lambda: load_for_eval(over_its_base(cfg, {})))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("r", 10**30),
+        ("r", True),
+        ("lora_alpha", 10**400),
+        ("lora_alpha", float("nan")),
+        ("lora_alpha", float("inf")),
+        ("lora_alpha", True),
+        ("base_model_name_or_path", 5),
+        ("base_model_name_or_path", ["x"]),
+        ("base_model_name_or_path", {"a": 1}),
+        ("base_model_name_or_path", "x" * 300),
+        ("base_model_name_or_path", "\ud800"),
+        ("base_model_name_or_path", "a\0b"),
+    ],
+)
+def test_an_odd_value_in_an_adapter_config_is_one_line(adapter, tiny_random, key, value):
+    config, folder = adapter
+    (folder / "adapter_config.json").write_text(json.dumps(config | {key: value}))
+    cfg = EvalConfig(adapter=str(folder))
+    one_line(lambda: load_for_eval(over_its_base(cfg, {})))
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "generation_config.json"])
+@pytest.mark.parametrize("kind", ["a list", "deep", "binary", "5,000 digits"])
+def test_an_odd_model_folder_is_one_line(tiny_random, tmp_path, file, kind):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_random, folder)
+    (folder / file).write_bytes(ODD[kind])
+
+    def load():
+        load_tokenizer(str(folder))
+        load_model(str(folder))
+
+    if (file, kind) != ("generation_config.json", "binary"):  # which transformers ignores
+        assert str(folder) in one_line(load)
+
+
+DATA = {
+    "deep": DEEP,
+    "a deep list": b"[" + b"[" * 5000 + b"]" * 5000 + b"]",
+    "5,000 digits": b'{"problem": ' + b"9" * 5000 + b', "answer": 1}',
+    "surrogate": b'{"problem": "\\ud800", "answer": "1"}',
+    "binary": bytes(range(256)),
+    "no object": b"7",
+}
+
+
+@pytest.mark.parametrize("content", DATA.values(), ids=DATA)
+def test_odd_data_lines_are_named(tmp_path, content):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content)
+    assert str(path) in one_line(load_problems, str(path), "train")
+    assert str(path) in one_line(load_completions, str(path))
+
+
+def test_a_surrogate_pair_is_a_character(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"problem": "\\ud83d\\ude00", "answer": "1"}')
+    assert load_problems(str(tmp_path / "d.jsonl"), "train")[0].problem == "\N{GRINNING FACE}"
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_random, tmp_path_factory):
+    cfg = run_config(tiny_random, tmp_path_factory.mktemp("finished") / "run", steps=1)
+    train(cfg)
+    return cfg
+
+
+@pytest.fixture
+def damaged(finished, tmp_path):
+    """A copy of a finished run that a test may damage, and its configuration."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(finished.out_dir, folder)
+    return folder, replace(finished, out_dir=str(folder), resume=True, steps=2)
+
+
+@pytest.mark.parametrize("kind", [*ODD, "empty config", "other types"])
+def test_an_odd_config_of_a_run_is_one_line(damaged, kind):
+    folder, cfg = damaged
+    config = json.loads((folder / "config.json").read_text())["config"]
+    more = {"empty config": {}, "other types": dict.fromkeys(config, [1])}
+    content = ODD[kind] if kind in ODD else json.dumps({"config": more[kind]}).encode()
+    (folder / "config.json").write_bytes(content)
+    for command in (evaluation.main, sample.main):
+        one_line(command, [f"--run={folder}"])
+    one_line(load_arms, [folder])
+    if kind != "empty config":  # an older run lacks the settings that are new
+        one_line(train, cfg)
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_metrics_of_a_run_are_one_line(damaged, kind):
+    folder, cfg = damaged
+    (folder / "metrics.jsonl").write_bytes(ODD[kind] + b"\n")
+    assert "metrics.jsonl" in one_line(train, cfg)
+    one_line(load_arms, [folder])
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_samples_and_records_are_repaired(damaged, kind):
+    folder, cfg = damaged
+    (folder / "samples.jsonl").write_bytes(ODD[kind] + b"\n")
+    (folder / "adapter" / "nanorlvr.json").write_bytes(ODD[kind])
+    train(cfg)
+    assert read_record(folder / "adapter")["steps_done"] == 2
+    assert read_jsonl(folder / "samples.jsonl")[0]["step"] == 2
+
+
+# -------------------------------------------------------------------------------- the command line
+
+
+def command(*args, **kwargs):
+    """Run a command of the project. Return its exit status and what it wrote to stderr."""
+    run = subprocess.run(
+        [sys.executable, *args], cwd=PROJECT, capture_output=True, text=True, **kwargs
+    )
+    return run.returncode, run.stderr
+
+
+@pytest.mark.slow
+def test_data_cannot_control_the_terminal(tmp_path):
+    row = {"problem": "a\x1b[31m", "answer": "\x1b]0;x\x07", "level": "\x1b[2J"}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row))
+    model = ["--model=tiny", "--device=cpu", f"--data={tmp_path}/test.jsonl"]
+    status, err = command("eval.py", *model, "--level=3")
+    assert status == 2 and "level" in err and "\x1b" not in err and err.count("\n") == 1
+    (tmp_path / "test.jsonl").write_text('{"pro\x1b[31mblem": "\x1b')
+    assert "\x1b" not in command("eval.py", *model)[1]
+
+
+@pytest.mark.slow
+def test_a_name_that_is_too_long_is_one_line(tmp_path):
+    name = "x" * 300
+    for args in ([f"--train_data={name}"], [f"--out_dir={tmp_path}/{name}"], [f"--model={name}"]):
+        status, err = command("train.py", "config/model/tiny.py", "--device=cpu", *args)
+        assert status == 2 and err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("debug", [[], ["--debug"]])
+def test_debug_shows_the_traceback(debug):
+    code = (
+        "from harness.errors import *\ndef main(argv):\n    raise UserError(str(argv))\nrun(main)"
+    )
+    status, err = command("-c", code, *debug)
+    assert status == 2 and err.endswith("error: []\n")
+    assert ("Traceback" in err) == bool(debug)
+
+
+def test_ctrl_c_during_imports_is_one_line():
+    code = "import harness, os, signal\nos.kill(os.getpid(), signal.SIGINT)\nimport torch"
+    status, err = command("-c", code)
+    assert status == -signal.SIGINT and err == "interrupted\n"
+
+
+@pytest.mark.parametrize("lora_r", [4, 0])
+def test_a_full_disk_is_one_line_and_costs_no_checkpoint(small, monkeypatch, lora_r):
+    """The disk is full while step 2 is saved, and free again when the run is resumed."""
+    cfg = replace(small, lora_r=lora_r)
+    train(replace(cfg, steps=1))
+    full = SafetensorError("I/O error: No space left on device (os error 28)")
+
+    def save_file(tensors, path, **_):
+        Path(path).write_bytes(b"half")
+        raise full
+
+    def save_pretrained(self, folder):
+        folder.mkdir()
+        save_file({}, folder / "model.safetensors")
+
+    for owner, name, function in (
+        (adapters, "save_file", save_file),
+        (LlamaForCausalLM, "save_pretrained", save_pretrained),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, function)
+            if lora_r == 0 or owner is adapters:
+                assert "No space left" in one_line(train, replace(cfg, resume=True))
+        left = {path.name for path in Path(cfg.out_dir).rglob("*.tmp")}
+        assert not left and read_state(cfg.out_dir)["steps_done"] in ("1", "2")
+    assert len(train(replace(cfg, resume=True))) == 3
+
+
+# ------------------------------------------------------------------------------------ hub and cache
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    asked = []
+
+    def head(url, timeout):
+        asked.append((url, timeout))
+        raise OSError("no network")
+
+    monkeypatch.setattr(loading, "get_session", lambda: SimpleNamespace(head=head))
+    monkeypatch.setattr(loading.constants, "HF_HUB_OFFLINE", False)
+    loading._hub_answers.cache_clear()
+    started = time.monotonic()
+    for load in (load_tokenizer, load_model):
+        assert "nobody/nothing" in one_line(load, "nobody/nothing")
+    assert time.monotonic() - started < 10 and len(asked) == 1 and asked[0][1] <= 5
+    assert loading.constants.HF_HUB_OFFLINE is False
+    loading._hub_answers.cache_clear()
+
+
+def test_what_a_killed_build_left_is_deleted_after_a_day(tmp_path):
+    names = [
+        "tiny-0123abcd.abc_d123",
+        "gguf-0123456789ab.q1w2e3r4",
+        "tiny-0123abcd",
+        "mine.abcdefgh",
+    ]
+    for name in (*names, "tiny_bad-0123abcd.abcdefgh"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model").write_text("half")
+    for name in names:
+        for path in (tmp_path / name / "model", tmp_path / name):
+            os.utime(path, (0, 0))
+    remove_leftovers(tmp_path)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"tiny-0123abcd", "mine.abcdefgh", "tiny_bad-0123abcd.abcdefgh"}

@@ -26,7 +26,6 @@ from harness.files import no_follow
 from harness.memory import device_memory
 from harness.runfiles import (
     is_complete,
-    read_config,
     read_jsonl,
     read_state,
     stale,
@@ -34,7 +33,7 @@ from harness.runfiles import (
 )
 from harness.scale import choose_scale
 from harness.stopping import StopOnSignal
-from settings import Config
+from settings import Config, read_settings
 from tasks import tiny
 from tools.parts.arms import as_saved, differences
 
@@ -62,7 +61,7 @@ class Job:
     @property
     def steps_done(self) -> int:
         rows = read_jsonl(self.folder / "metrics.jsonl")
-        return rows[-1]["step"] if rows else 0
+        return rows[-1].get("step", 0) if rows else 0
 
 
 def state(job: Job) -> str:
@@ -74,7 +73,7 @@ def state(job: Job) -> str:
     if not (job.folder / "config.json").exists():
         return "new"
     _wait_until_free(job.folder)
-    different = differences(read_config(job.folder), as_saved(job.config))
+    different = differences(read_settings(job.folder), as_saved(job.config))
     for key, (before, value) in different.items():
         if not _settled(key, value, before):
             raise UserError(
