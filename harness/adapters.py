@@ -108,6 +108,19 @@ def _unknown_options(config: dict) -> str:
     return ", ".join(dict.fromkeys(odd))
 
 
+def read_adapter_config(folder: Path) -> dict:
+    """The configuration of an adapter. Raises UserError if it is not that of a plain LoRA."""
+    try:
+        config = read_json(folder / "adapter_config.json")
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: no adapter here: adapter_config.json is missing") from error
+    except (ValueError, OSError) as error:
+        raise UserError(f"{folder}: the adapter cannot be read: {error}") from error
+    if odd := _unknown_options(config):
+        raise UserError(f"{folder}: not a plain LoRA adapter: {odd}")
+    return config
+
+
 def load_adapter(model: nn.Module, folder: Path | str) -> None:
     """Add an adapter in PEFT's format to a model that has none.
 
@@ -115,18 +128,14 @@ def load_adapter(model: nn.Module, folder: Path | str) -> None:
     a plain LoRA does not have.
     """
     folder = Path(folder)
+    config = read_adapter_config(folder)
     try:
-        config = read_json(folder / "adapter_config.json")
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError as error:
-        raise UserError(
-            f"{folder}: no adapter here (adapter_config.json and adapter_model.safetensors)"
-        ) from error
-    except (ValueError, OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: no adapter_model.safetensors in it") from error
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: the adapter cannot be read: {error}") from error
-    if odd := _unknown_options(config):
-        raise UserError(f"{folder}: not a plain LoRA adapter: {odd}")
     if not tensors:
         raise UserError(f"{folder}: adapter_model.safetensors holds no weights")
     add_lora(model, config["r"], config["lora_alpha"])

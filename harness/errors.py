@@ -12,7 +12,14 @@ UNWRITABLE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT)  # a closed pipe, a full 
 
 
 class UserError(ValueError):
-    """An error that the user can correct. The message is one line: where, what, and what to do."""
+    """An error that the user can correct. The message is one line: where, what, and what to do.
+
+    Names and values in it may come from anywhere, so that line breaks become spaces, and characters
+    that could control the terminal are replaced.
+    """
+
+    def __str__(self) -> str:
+        return " ".join(printable(super().__str__()).split("\n"))
 
 
 class Stopped(KeyboardInterrupt):
@@ -46,7 +53,7 @@ def _ending(error: BaseException) -> tuple[str, int | None]:
         return "", None
     name = str(error.filename)
     name = name if len(name) <= 100 else f"{name[:97]}..."
-    return f"error: {name}: {error.strerror} ({DEBUG} shows where)", 2
+    return f"error: {UserError(name)}: {error.strerror} ({DEBUG} shows where)", 2
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -72,5 +79,5 @@ def run(main: Callable[[list[str]], None]) -> None:
             # The buffered output cannot be written. Python would complain about it again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if line:
-        print(" ".join(printable(line).split("\n")), file=sys.stderr)
+        print(line, file=sys.stderr)
     raise SystemExit(status)
