@@ -11,6 +11,7 @@ import grading
 import grpo
 import rewards
 from data import Rollouts
+from harness.errors import printable
 from harness.expressions import Reward
 from tasks import answers
 
@@ -80,7 +81,7 @@ def watch(one: Reward, r: Rollouts, correct: torch.Tensor, failed: set[str]) -> 
     except Exception as error:  # a failing watched reward must not stop the run
         if str(one) not in failed:
             failed.add(str(one))
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            reason = printable(f"{type(error).__name__}: {error}".splitlines()[0])
             tqdm.write(f"warning: reward {one} is logged as null, since it failed: {reason}")
         return nothing
 
