@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerBase
 
 from harness import states
 from harness.adapters import save_adapter
-from harness.errors import UserError
+from harness.errors import OnlyStateSaved, UserError
 from harness.files import no_follow, put_in_place, sync, temporary_for
 from harness.runfiles import (
     RECORD,
@@ -153,12 +153,18 @@ class RunFolder:
         optimizer: torch.optim.Optimizer,
         step: int,
     ) -> None:
-        """Save a checkpoint after a step: the state to resume from, and the adapter or model."""
+        """Save a checkpoint after a step: the state to resume from, and the adapter or model.
+
+        Raises OnlyStateSaved if the adapter or model cannot be written.
+        """
         for name in STEP_LOGS:  # a power cut must not lose rows that the state counts on
             sync(self.folder / name)
         logged = sum(row["step"] <= step for row in self.history)
         states.write(self.folder, model, optimizer, step, logged)
-        self._save_weights(model, tokenizer, step)
+        try:
+            self._save_weights(model, tokenizer, step)
+        except (OSError, UserError) as error:
+            raise OnlyStateSaved(str(error)) from error
 
     def _save_weights(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, step: int

@@ -22,6 +22,10 @@ class UserError(ValueError):
         return " ".join(printable(super().__str__()).split("\n"))
 
 
+class OnlyStateSaved(UserError):
+    """A checkpoint's state was saved, but its adapter/ or model/ was not. Resuming repairs that."""
+
+
 class Stopped(KeyboardInterrupt):
     """A signal ended the work in an orderly way. The exit status is 128 + its number."""
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from harness.errors import Stopped, UserError
+from harness.errors import OnlyStateSaved, Stopped, UserError
 from lora import lora_layers, trainable
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -110,7 +110,11 @@ class LastStep:
 
     def save(self, step: int) -> None:
         """Write a checkpoint after a step."""
-        self._save(step)
+        try:
+            self._save(step)
+        except OnlyStateSaved:
+            self.saved = step
+            raise
         self.saved = step
 
     def _weights_move(self, *_) -> None:

@@ -663,7 +663,10 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(small, monkeypatch, lor
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, function)
             if lora_r == 0 or owner is adapters:
-                assert "No space left" in one_line(train, replace(cfg, resume=True))
+                line = one_line(train, replace(cfg, resume=True))
+                assert "No space left" in line
+                saved = read_state(cfg.out_dir)["steps_done"]
+                assert f"saved as of step {saved}" in line or f"checkpoint of step {saved}" in line
         left = {path.name for path in Path(cfg.out_dir).rglob("*.tmp")}
         assert not left and read_state(cfg.out_dir)["steps_done"] in ("1", "2")
     assert len(train(replace(cfg, resume=True))) == 3

@@ -152,7 +152,7 @@ def killed_run(
         args = arguments(cfg, world, folder, resume)
         if kind == "write":
             when = rng.choice(("before", "after"))
-            killer = [str(rng.randint(1, 60)), when, f"{folder}/"]
+            killer = [str(rng.randint(1, 40)), when, f"{folder}/"]
             status = start(args, log, killer).wait()
         else:
             process = start(args, log)
@@ -163,7 +163,9 @@ def killed_run(
             status = process.wait()
         if status not in (0, -signal.SIGKILL):
             raise UserError(f"{log}: train.py ended with exit status {status}")
-        hit[kind] += status == -signal.SIGKILL  # else the run had ended before
+        if status == 0:  # the run had ended before
+            break
+        hit[kind] += 1
     finish(arguments(cfg, world, folder, (folder / STATE).exists()), log)
     return {"run": folder.name, **hit, "differences": differences(folder, whole)}
 
