@@ -157,7 +157,7 @@ def killed_run(
         else:
             process = start(args, log)
             try:
-                process.wait(timeout=rng.uniform(0.2, seconds))
+                process.wait(timeout=rng.uniform(0.2, 0.7 * seconds))
             except subprocess.TimeoutExpired:
                 process.kill()
             status = process.wait()
