@@ -37,11 +37,18 @@ from harness import ranks
 from harness.adapters import load_adapter
 from harness.configurator import configure
 from harness.errors import UserError, run
+from harness.inputs import of_weights
 from harness.loading import check_positions, choose_device, load_model, load_tokenizer
-from harness.partial import Kept, fingerprint
+from harness.partial import Kept
 from harness.progress import Progress
-from harness.runfiles import over_its_base, read_config, save_rows, stale, trained_weights
+from harness.runfiles import (
+    over_its_base,
+    save_rows,
+    stale,
+    trained_weights,
+)
 from model import end_token_ids
+from settings import read_settings
 from tasks import labels, tiny
 from tasks.datasets import load_completions, load_problems, subset
 from tasks.labels import LabelBy
@@ -128,7 +135,7 @@ def evaluate(
     if ranks.rank():
         path = None  # the first rank alone writes
     if path is not None:
-        settings = {"weights": fingerprint(model), "problems": labels.fingerprint(items)}
+        settings = {"weights": of_weights(model), "problems": labels.fingerprint(items)}
         settings |= {k: v for k, v in vars(sampling).items() if k != "rollout_rows"}
     with Kept(path, settings) as kept:
         if kept.rows:
@@ -208,7 +215,7 @@ def fill(cfg: EvalConfig, given: dict) -> EvalConfig:
         cfg = over_its_base(cfg, given)
     values: dict = {"data": "deepscaler"} if cfg.labels else {}
     if cfg.run:
-        saved = read_config(cfg.run)
+        saved = read_settings(cfg.run)
         same = ("model", "quant", "prompt", "dtype", "max_prompt_tokens", "max_new_tokens")
         values = {key: saved[key] for key in (*same, "rollout_rows")}
         if cfg.labels:

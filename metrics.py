@@ -13,6 +13,7 @@ import grpo
 import rewards
 from data import Rollouts
 from evaluation.collapse import collapse_step
+from harness.errors import printable
 from harness.expressions import Reward
 from harness.token_log import token_log
 from tasks import answers
@@ -71,7 +72,12 @@ def describe(
         if one.missing(r) in ([], ["base_self_certainty"]):  # base_every may skip the base
             summary = watch(one, r, correct, failed)
             metrics |= {f"{one}/{name}": value for name, value in summary.items()}
-    return metrics | {"grader_timeouts": grading.grader().timeouts}
+    grader = grading.grader()
+    return metrics | {
+        "grader_timeouts": grader.timeouts,
+        "grader_repeats": grader.repeats,
+        "grader_crashes": grader.errors,
+    }
 
 
 def watch(one: Reward, r: Rollouts, correct: torch.Tensor, failed: set[str]) -> dict:
@@ -84,7 +90,7 @@ def watch(one: Reward, r: Rollouts, correct: torch.Tensor, failed: set[str]) -> 
     except Exception as error:  # a failing watched reward must not stop the run
         if str(one) not in failed:
             failed.add(str(one))
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            reason = printable(f"{type(error).__name__}: {error}".splitlines()[0])
             tqdm.write(f"warning: reward {one} is logged as null, since it failed: {reason}")
         return nothing
 
@@ -212,11 +218,11 @@ def summary_table(history: list[dict], folder: Path) -> None:
     keys += "clip_frac_high kl"
     columns += [(key, steps) for key in keys.split()]
     for key, rows in columns:
-        values = [m[key] for m in rows if m.get(key) is not None]
+        values = [m[key] for m in rows if isinstance(m.get(key), int | float)]
         if values:
             print(f"{key:<24}{values[0]:>10.4f}{values[-1]:>10.4f}")
     if (step := collapse_step(steps)) is not None:
         print(f"collapsed at step {step}: accuracy stays below half of its best (docs/EVAL.md)")
-    seconds = sum(m["seconds"] for m in steps)
+    seconds = sum(m["seconds"] for m in steps if isinstance(m.get("seconds"), int | float))
     print(f"{len(steps)} steps, {seconds / 60:.1f} min; run folder {folder}")
     print(f"look at it: python -m tools.plot {folder}   python sample.py --run={folder}")

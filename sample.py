@@ -26,12 +26,13 @@ from decoding import sampling as sampler
 from engine import EVAL_NOISE, decode, generate
 from eval import load_for_eval
 from harness.configurator import configure
-from harness.errors import UserError, run
+from harness.errors import UserError, printable, run
 from harness.loading import load_model
 from harness.progress import Progress
-from harness.runfiles import over_its_base, read_config, stale, trained_weights
+from harness.runfiles import over_its_base, stale, trained_weights
 from lora import adapter_off
 from model import end_token_ids
+from settings import read_settings
 from tasks import answers, tiny
 from tasks.datasets import load_problems
 
@@ -69,7 +70,7 @@ def fill(cfg: SampleConfig, given: dict) -> SampleConfig:
         cfg = over_its_base(cfg, given)
     values = {}
     if cfg.run:
-        saved = read_config(cfg.run)
+        saved = read_settings(cfg.run)
         names = ("model", "quant", "prompt", "temperature", "max_new_tokens", "dtype")
         values = {name: saved[name] for name in names} | {"data": saved["eval_data"]}
         values |= {k: v for k, v in trained_weights(cfg.run).items() if k == "adapter"}
@@ -77,11 +78,6 @@ def fill(cfg: SampleConfig, given: dict) -> SampleConfig:
         values = {"data": cfg.model, "prompt": "none"}
     cfg = replace(cfg, **{key: value for key, value in values.items() if key not in given})
     return over_its_base(cfg, given) if cfg.run and cfg.adapter else cfg
-
-
-def printable(text: str) -> str:
-    """Replace characters that could control the terminal. Newlines stay, tabs become spaces."""
-    return "".join(c if c == "\n" or c.isprintable() else "�" for c in text.expandtabs(4))
 
 
 def side_by_side(columns: list[str], width: int) -> str:

@@ -3,12 +3,13 @@
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_origin, get_type_hints
 
 import rewards
 from grpo import AdvNorm, Clip, KLType, Loss, LossAgg
+from harness.configurator import as_type
 from harness.errors import UserError
-from harness.runfiles import read_config
+from harness.runfiles import SavedConfig, read_config
 from harness.trackers import Log, library
 from lora import RolloutWeights
 
@@ -80,7 +81,8 @@ class Config:
     log_tokens: bool = False  # also log entropy and log-ratio of the logged responses' tokens
     seed: int = 0  # seed of data order, sampling, partition, adapter and random rewards
     out_dir: str = ""  # run folder; "" = out/EXPERIMENT-SCALE-seedSEED
-    resume: bool = False  # continue from the checkpoint in out_dir
+    resume: bool = False  # continue from the newest intact checkpoint in out_dir
+    resume_step: int = 0  # with resume: from the checkpoint of this step, one of the last two
 
 
 def check(cfg: Config) -> list[str]:
@@ -98,7 +100,7 @@ def check(cfg: Config) -> list[str]:
             raise UserError(f"{key}={getattr(cfg, key)}: must be at least 1")
     no_less = (
         "lora_r lr kl_coef clip_low clip_high warmup seed eval_every eval_n eval_temperature "
-        "eval_new_tokens save_every threads"
+        "eval_new_tokens save_every threads resume_step"
     ).split()
     for key in no_less:
         if getattr(cfg, key) < 0:
@@ -106,6 +108,8 @@ def check(cfg: Config) -> list[str]:
     for key in ("temperature", "max_grad_norm"):
         if getattr(cfg, key) <= 0:
             raise UserError(f"{key}={getattr(cfg, key)}: must be above 0")
+    if cfg.resume_step and not cfg.resume:
+        raise UserError(f"resume_step={cfg.resume_step}: acts only with --resume=True")
     if cfg.warmup > 1:
         raise UserError(f"warmup={cfg.warmup}: is a share of all updates, must be at most 1")
     if cfg.cispo_cap <= 1:
@@ -255,13 +259,30 @@ def keep_settled(cfg: Config) -> Config:
     """
     there = (Path(cfg.out_dir) / "config.json").is_file()  # otherwise RunFolder reports it
     if cfg.resume and there and cfg.rollout_weights == "auto" and cfg.lora_r:
-        saved = read_config(cfg.out_dir)
+        saved = read_settings(cfg.out_dir)
         weights = saved.get("rollout_weights", "adapter")  # older runs had only this
         rows = min(cfg.rollout_rows, saved.get("rollout_rows", cfg.rollout_rows))
         if rows < cfg.rollout_rows:
             print(f"resume: rollout_rows stays {rows}, as chosen with rollout_weights=auto")
         return replace(cfg, rollout_weights=weights, rollout_rows=rows)
     return replace(cfg)
+
+
+def read_settings(folder: Path | str) -> SavedConfig:
+    """The configuration of a run, for reading a run of any origin.
+
+    Raises UserError if there is none or if a setting has a value of another type. Choices that an
+    older version had are kept.
+    """
+    saved = read_config(folder)
+    for key, kind in get_type_hints(Config).items():
+        choice = get_origin(kind) is Literal and isinstance(saved.get(key), str)
+        if key in saved and not choice:
+            try:
+                as_type(saved[key], kind)
+            except ValueError as error:
+                raise UserError(f"{saved.path}: {key} {error}") from None
+    return saved
 
 
 def learning_rate(cfg: Config, update_index: int) -> float:

@@ -53,6 +53,7 @@ from harness.checkpoint import RunFolder
 from harness.configurator import configure, format_config
 from harness.errors import UserError, run
 from harness.expressions import Reward
+from harness.inputs import of_problems, of_weights, weights_key
 from harness.loading import check_positions, choose_device, load_model, load_tokenizer
 from harness.memory import decode_with, peak_memory, phase, reserved_memory, settle
 from harness.plan import DecodeWeights
@@ -452,7 +453,9 @@ def setup(cfg: Config) -> Run:
     path = Path(cfg.out_dir)
     first = ranks.rank() == 0
     folder = RunFolder(path, asdict(cfg), cfg.resume) if first else ranks.Follower(path)
+    folder.compare_inputs({"eval_data": of_problems(eval_items), "train_data": of_problems(items)})
     model = load_model(name, cfg.quant, dtype, device)
+    folder.compare_inputs({weights_key("model", model): of_weights(model)})
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     longest_response = max(cfg.max_new_tokens, cfg.eval_new_tokens)
@@ -481,6 +484,9 @@ def setup(cfg: Config) -> Run:
     }
     for second in second_models.values():
         second.check_budget(cfg.max_prompt_tokens, cfg.max_new_tokens)
+        folder.compare_inputs(
+            {weights_key(f"cross_model {second.name}", second.model): of_weights(second.model)}
+        )
     models = [model, *([frozen] if frozen else []), *(m.model for m in second_models.values())]
     # The ranks may have different free memory. The least choice needs the least of it, also of
     # adapter, freed and kept.

@@ -24,6 +24,7 @@ import socket
 import subprocess
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 from grading.answers import MAX_CHARS, is_equiv, quick_verdict
@@ -49,7 +50,10 @@ class _Worker:
         command = [sys.executable, "-P", "-c", code]
         pipe = subprocess.PIPE
         # A separate session, so that Ctrl-C reaches only the parent.
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
+        # Unbuffered, so that a fork between write and flush has nothing to write a second time.
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, start_new_session=True, bufsize=0
+        )
         try:
             self._read(seconds=120)
         except _Gone:
@@ -65,9 +69,10 @@ class _Worker:
 
     def ask(self, answer: str, gold: str) -> str:
         """The worker's reply: true, false, timeout or crash."""
+        line = json.dumps([answer, gold]).encode() + b"\n"
         try:
-            self.process.stdin.write(json.dumps([answer, gold]).encode() + b"\n")
-            self.process.stdin.flush()
+            while line:
+                line = line[self.process.stdin.write(line) :]
         except OSError:
             raise _Gone from None
         return self._read(self.patience)
@@ -86,18 +91,22 @@ class Grader:
     """Grades batches in worker processes, which are started when first needed.
 
     An answer that uses more than `timeout` seconds of processor time is wrong, and its process is
-    killed. `timeouts` counts these answers. `errors` counts processes that died for another reason
-    (out of memory, killed from outside). All verdicts are cached. Any thread may call `grade`;
-    calls take turns. End the workers with `close` or a `with` block.
+    killed. `timeouts` counts these answers, and `repeats` how often one of them came again, which
+    the cache settles. `errors` counts processes that died for another reason (out of memory, killed
+    from outside). An answer whose process died twice is wrong, but only this once: all other
+    verdicts are cached. Any thread may call `grade`; calls take turns. A forked child starts
+    workers of its own. End the workers with `close` or a `with` block.
     """
 
     def __init__(self, workers: int = 2, timeout: float = 1.0) -> None:
         self.timeout = timeout
-        self.timeouts = self.errors = 0
+        self.timeouts = self.repeats = self.errors = 0
         self._workers: list[_Worker | None] = [None] * workers
         self._cache: dict[tuple[str | None, str], bool] = {}
+        self._late: set[tuple[str | None, str]] = set()  # pairs of the cache that ran out of time
         self._lock = threading.Lock()
         atexit.register(self.close)
+        _graders.add(self)
 
     def grade(self, answers: list[str | None], golds: list[str]) -> list[bool]:
         """Whether answers[i] equals golds[i] by `is_equiv`. An answer of None is wrong.
@@ -116,10 +125,15 @@ class Grader:
                     else:
                         self._keep(pair, verdict)
                 verdicts.append(verdict)
+                self.repeats += pair in self._late
             for (pair, rows), replies in zip(slow.items(), self._ask_all(list(slow)), strict=True):
-                self.timeouts += "timeout" in replies
                 self.errors += replies.count("crash")
-                self._keep(pair, "true" in replies)
+                if "timeout" in replies:
+                    self.timeouts += 1
+                    self.repeats += len(rows) - 1
+                    self._late.add(pair)
+                if replies[-1] != "crash":
+                    self._keep(pair, "true" in replies)
                 for row in rows:
                     verdicts[row] = "true" in replies
             return verdicts
@@ -127,7 +141,9 @@ class Grader:
     def _keep(self, pair: tuple[str | None, str], verdict: bool) -> None:
         if max(len(text or "") for text in pair) <= MAX_CHARS:  # longer ones fill memory
             if len(self._cache) >= CACHE_SIZE:
-                del self._cache[next(iter(self._cache))]  # the oldest
+                oldest = next(iter(self._cache))
+                del self._cache[oldest]
+                self._late.discard(oldest)
             self._cache[pair] = verdict
 
     def _ask_all(self, pairs: list[tuple[str, str]]) -> list[list[str]]:
@@ -163,6 +179,11 @@ class Grader:
         if worker:
             worker.stop()
 
+    def _after_fork(self) -> None:
+        """In the child of a fork: leave the workers to the parent, whose pipes they read."""
+        self._workers = [None] * len(self._workers)
+        self._lock = threading.Lock()  # another thread of the parent may have held it
+
     def warm_up(self) -> None:
         """Start the workers now, which takes a second or two, instead of during the first batch."""
         with self._lock, ThreadPoolExecutor(len(self._workers)) as threads:
@@ -179,6 +200,17 @@ class Grader:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+_graders: weakref.WeakSet[Grader] = weakref.WeakSet()  # of this process
+
+
+def _leave_workers() -> None:
+    for one in list(_graders):
+        one._after_fork()
+
+
+os.register_at_fork(after_in_child=_leave_workers)
 
 
 @functools.cache

@@ -3,10 +3,14 @@
 Importing it before torch makes torch's idle threads sleep instead of spinning. On cores that other
 work keeps busy, spinning threads can make a step many times slower; on idle cores it costs a few
 percent. Set OMP_WAIT_POLICY=active to have them spin.
+
+Imports take seconds. Ctrl-C during them ends the program with one line, as harness.errors.run does
+afterwards.
 """
 
 import os
 import sys
+from types import TracebackType
 
 try:
     import fcntl  # noqa: F401  (run folders are locked by it)
@@ -20,3 +24,14 @@ except ImportError:
     raise SystemExit(2) from None
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch reads it when it is imported
+
+
+def _end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A sys.excepthook that does not show where Ctrl-C came."""
+    if issubclass(kind, KeyboardInterrupt) and "--debug" not in sys.argv:
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _end

@@ -1,7 +1,7 @@
 """Adapters on disk, in PEFT's format."""
 
 import json
-import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,22 +10,29 @@ from safetensors.torch import save_file
 from torch import nn
 
 from harness.errors import UserError
+from harness.files import put_in_place, temporary_for, write_whole
+from harness.strict_json import read_json
 from lora import add_lora, lora_layers
 
 
 def save_tensors(
-    tensors: dict[str, torch.Tensor], path: Path, metadata: dict | None = None
+    tensors: dict[str, torch.Tensor],
+    path: Path,
+    metadata: dict | None = None,
+    before: Callable[[], None] = lambda: None,
 ) -> None:
     """Write a safetensors file. A crash leaves the old or the new file.
 
-    Raises UserError if the disk is full.
+    `before` is called when the new file is complete, before it replaces the old one. Raises
+    UserError if the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = temporary_for(path)
     tensors = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
     try:
         save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
-        os.replace(temporary, path)
+        before()
+        put_in_place(temporary, path)
     except SafetensorError as error:  # for example on a full disk
         temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written: {error}") from error
@@ -52,9 +59,7 @@ def save_adapter(model: nn.Module, folder: Path | str, base: str) -> None:
         "inference_mode": True,
         "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
     }
-    temporary = folder / "adapter_config.json.tmp"
-    temporary.write_text(json.dumps(config, indent=1) + "\n")
-    os.replace(temporary, folder / "adapter_config.json")
+    write_whole(folder / "adapter_config.json", json.dumps(config, indent=1) + "\n")
 
 
 # The options that an adapter_config.json of a plain LoRA may have, with their allowed values. None
@@ -82,6 +87,9 @@ PLAIN_LORA: dict[str, tuple | None] = {
 }
 
 
+LARGEST_RANK = 100_000  # above any model's width
+
+
 def _unknown_options(config: dict) -> str:
     """The options that a plain LoRA does not have, as text; "" if there are none."""
     odd = []
@@ -92,11 +100,25 @@ def _unknown_options(config: dict) -> str:
             odd.append(f"{key}={value!r}"[:80])
     if config.get("peft_type") != "LORA":
         odd.append(f"peft_type={config.get('peft_type')!r}"[:80])
-    if type(config.get("r")) is not int or config["r"] < 1:
+    if type(config.get("r")) is not int or not 1 <= config["r"] <= LARGEST_RANK:
         odd.append(f"r={config.get('r')!r}"[:80])
-    if not isinstance(config.get("lora_alpha"), int | float):
+    alpha = config.get("lora_alpha")
+    if type(alpha) not in (int, float) or not abs(alpha) <= 1e9:  # nor nan
         odd.append(f"lora_alpha={config.get('lora_alpha')!r}"[:80])
     return ", ".join(dict.fromkeys(odd))
+
+
+def read_adapter_config(folder: Path) -> dict:
+    """The configuration of an adapter. Raises UserError if it is not that of a plain LoRA."""
+    try:
+        config = read_json(folder / "adapter_config.json")
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: no adapter here: adapter_config.json is missing") from error
+    except (ValueError, OSError) as error:
+        raise UserError(f"{folder}: the adapter cannot be read: {error}") from error
+    if odd := _unknown_options(config):
+        raise UserError(f"{folder}: not a plain LoRA adapter: {odd}")
+    return config
 
 
 def load_adapter(model: nn.Module, folder: Path | str) -> None:
@@ -106,20 +128,14 @@ def load_adapter(model: nn.Module, folder: Path | str) -> None:
     a plain LoRA does not have.
     """
     folder = Path(folder)
+    config = read_adapter_config(folder)
     try:
-        config = json.loads((folder / "adapter_config.json").read_text())
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError as error:
-        raise UserError(
-            f"{folder}: no adapter here (adapter_config.json and adapter_model.safetensors)"
-        ) from error
-    except (ValueError, OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: no adapter_model.safetensors in it") from error
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: the adapter cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{folder}: adapter_config.json is not a JSON object")
-    if odd := _unknown_options(config):
-        raise UserError(f"{folder}: not a plain LoRA adapter: {odd}")
     if not tensors:
         raise UserError(f"{folder}: adapter_model.safetensors holds no weights")
     add_lora(model, config["r"], config["lora_alpha"])

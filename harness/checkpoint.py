@@ -5,7 +5,7 @@
     samples.jsonl       some responses of each step
     adapter/            the adapter in PEFT's format; model/ if all weights are trained
     eval/               the completions of each eval
-    state.safetensors   trainable weights and optimiser moments after the checkpoint's step
+    state.safetensors   trainable weights and optimiser moments, see harness/states.py
     interrupted-1/      logs of a run that ended here before its first checkpoint
 
 Everything random in a step is a function of (seed, step), so no generator is saved. No file is a
@@ -24,31 +24,34 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from harness.adapters import save_adapter, save_tensors
-from harness.errors import UserError
+from harness import states
+from harness.adapters import save_adapter
+from harness.errors import OnlyStateSaved, UserError
+from harness.files import no_follow, put_in_place, sync, temporary_for
 from harness.locks import lock
 from harness.runfiles import (
     RECORD,
     STATE,
     read_config,
     read_history,
+    read_inputs,
     read_jsonl,
     read_record,
     read_state,
     save_rows,
     write_json,
 )
-from lora import lora_layers, trainable
+from lora import lora_layers
 
 # The logs of a run without a checkpoint. The completions of an unfinished eval (eval/*.progress)
 # are not among them: they stay in place, and the same eval continues from them.
 LOGS = ("config.json", "metrics.jsonl", "samples.jsonl", "eval/*.jsonl")
+STEP_LOGS = ("metrics.jsonl", "samples.jsonl")  # appended to in every step
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "numpy", "math-verify", "tokenizers")
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of a parameter
 # The settings that may change when a run is resumed. They decide how long and where it runs, and
 # what it costs. Any other setting decides what the run learns or how its curve is measured. With
 # another value the rest would be another experiment, and config.json would describe only the rest.
@@ -69,6 +72,7 @@ FREE = (
     "log",
     "log_tokens",
 )
+NOT_COMPARED = ("resume", "resume_step", "out_dir")
 
 
 class RunFolder:
@@ -82,29 +86,36 @@ class RunFolder:
         self.folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(folder / "lock", "w")
-        except OSError as error:
-            raise UserError(f"out_dir={folder}: cannot be written: {error.strerror}") from error
+            self._lock = open(folder / "lock", "a", opener=no_follow)
+        except (OSError, RecursionError) as error:
+            reason = getattr(error, "strerror", "too many folders in one another")
+            if (folder / "lock").is_symlink():
+                reason = "its file `lock` is a symbolic link: delete it"
+            raise UserError(f"out_dir={folder}: cannot be written: {reason}") from error
         try:
             lock(self._lock)
         except OSError as error:
             raise UserError(f"out_dir={folder}: another process is running in it") from error
         self.history: list[dict] = []  # the rows of metrics.jsonl
         self._resume, self.config = resume, config
-        saved = read_state(folder)
-        if resume and saved is None:
+        self.inputs = read_inputs(folder) if resume else {}  # fingerprints
+        step = config.get("resume_step", 0)
+        chosen = states.choose(folder, step) if resume else read_state(folder)
+        if resume and chosen is None:
             raise UserError(
                 f"out_dir={folder}: holds no checkpoint to resume from: start without --resume"
             )
         trained = [name for name in ("adapter", "model") if (folder / name).exists()]
-        if not resume and (saved or trained):
-            how = "continue it with --resume=True, " if saved else ""
+        if not resume and (chosen or trained):
+            how = "continue it with --resume=True, " if chosen else ""
             raise UserError(
                 f"out_dir={folder}: holds a run: {how}name another --out_dir, or delete it"
             )
         if resume:
-            self._compare(config, int(saved["steps_done"]))
-            self.history = read_history(folder, saved)
+            self._state, numbers = chosen
+            self._done = int(numbers["steps_done"])
+            self._compare(config, self._done)
+            self.history = read_history(folder, numbers)
 
     def _compare(self, config: dict, done: int) -> None:
         """Print the settings that have changed. Raises UserError if one of them must not change."""
@@ -112,7 +123,7 @@ class RunFolder:
         for key, value in config.items():
             before, now = json.dumps(saved.get(key)), json.dumps(value)  # JSON has no tuples
             # Older runs lack the settings that are new. They ran with what is now the default.
-            if before == now or key in ("resume", "out_dir") or key not in saved:
+            if before == now or key in NOT_COMPARED or key not in saved:
                 continue
             if key not in FREE or (key == "steps" and _has_schedule(config)):
                 raise UserError(
@@ -126,6 +137,16 @@ class RunFolder:
                 "raise --steps, or start a new run in another --out_dir"
             )
 
+    def compare_inputs(self, inputs: dict[str, str]) -> None:
+        """Note fingerprints of what the run reads. Raises UserError if a resumed run had others."""
+        for key, now in inputs.items():
+            if (before := self.inputs.setdefault(key, now)) != now:
+                name = self.config.get(key.split(" ")[0], "")
+                raise UserError(
+                    f"resume: {key} {name} has changed since the run began (it was {before}, and "
+                    f"is now {now}): restore it, or start a new run in another --out_dir"
+                )
+
     # ------------------------------------------------------------------------------------- state
 
     def save_state(
@@ -135,16 +156,18 @@ class RunFolder:
         optimizer: torch.optim.Optimizer,
         step: int,
     ) -> None:
-        """Save a checkpoint after a step: the state to resume from, and the adapter or model."""
-        tensors = {}
-        for name, parameter in trainable(model).items():
-            tensors[f"weight:{name}"] = parameter
-            for moment, value in optimizer.state[parameter].items():
-                tensors[f"{moment}:{name}"] = value
+        """Save a checkpoint after a step: the state to resume from, and the adapter or model.
+
+        Raises OnlyStateSaved if the adapter or model cannot be written.
+        """
+        for name in STEP_LOGS:  # a power cut must not lose rows that the state counts on
+            sync(self.folder / name)
         logged = sum(row["step"] <= step for row in self.history)
-        numbers = {"steps_done": str(step), "logged": str(logged)}
-        save_tensors(tensors, self.folder / STATE, numbers)
-        self._save_weights(model, tokenizer, step)
+        states.write(self.folder, model, optimizer, step, logged)
+        try:
+            self._save_weights(model, tokenizer, step)
+        except (OSError, UserError) as error:
+            raise OnlyStateSaved(str(error)) from error
 
     def _save_weights(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, step: int
@@ -159,13 +182,16 @@ class RunFolder:
         if lora_layers(model):
             save_adapter(model, folder, self.config["model"])
         else:
-            new = self.folder / "model.tmp"
-            shutil.rmtree(new, ignore_errors=True)
-            for part in (model, tokenizer):
-                part.save_pretrained(new)
+            new = temporary_for(folder)
+            try:
+                for part in (model, tokenizer):
+                    part.save_pretrained(new)
+            except SafetensorError as error:  # for example on a full disk
+                shutil.rmtree(new, ignore_errors=True)
+                raise UserError(f"{folder}: cannot be written: {error}") from error
             folder.mkdir(exist_ok=True)
             for file in new.iterdir():
-                os.replace(file, folder / file.name)
+                put_in_place(file, folder / file.name)
             new.rmdir()
         config = self.config
         write_json(
@@ -187,28 +213,15 @@ class RunFolder:
     def load_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
         """Restore weights and moments in place. Return the number of steps done."""
         path = self.folder / STATE
-        try:
-            with safe_open(path, "pt") as file, torch.no_grad():
-                for name, parameter in trainable(model).items():
-                    parameter.copy_(file.get_tensor(f"weight:{name}"))
-                    if f"step:{name}" in file.keys():
-                        optimizer.state[parameter] = {
-                            m: file.get_tensor(f"{m}:{name}").to(
-                                "cpu" if m == "step" else parameter.device
-                            )
-                            for m in MOMENTS
-                        }
-                return int(file.metadata()["steps_done"])
-        except (OSError, SafetensorError, RuntimeError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not a state of this run ({error})") from error
+        return states.restore(path, model, optimizer, self.config["updates_per_step"])
 
     # -------------------------------------------------------------------------------------- logs
 
     def log(self, metrics: dict, samples: list[dict]) -> None:
         """Append a step to metrics.jsonl and samples.jsonl."""
         self.history.append(metrics)
-        for name, rows in (("metrics.jsonl", [metrics]), ("samples.jsonl", samples)):
-            with open(self.folder / name, "a") as file:
+        for name, rows in zip(STEP_LOGS, ([metrics], samples), strict=True):
+            with open(self.folder / name, "a", opener=no_follow) as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
 
     def log_eval(self, step: int, figures: dict) -> None:
@@ -221,7 +234,7 @@ class RunFolder:
     def _cut_logs(self) -> None:
         """Drop what was logged after the checkpoint."""
         save_rows(self.history, self.folder / "metrics.jsonl")
-        done = int(read_state(self.folder)["steps_done"])
+        done = self._done
         samples = read_jsonl(self.folder / "samples.jsonl")
         kept = [row for row in samples if row.get("step", done + 1) <= done]
         save_rows(kept, self.folder / "samples.jsonl")
@@ -241,10 +254,14 @@ class RunFolder:
 
     def __enter__(self) -> "RunFolder":
         if self._resume:
+            states.make_newest(self._state)
             self._cut_logs()
         else:
             self._set_aside()
-        write_json(self.folder / "config.json", {"config": self.config, **_provenance()})
+        write_json(
+            self.folder / "config.json",
+            {"config": self.config, "inputs": self.inputs, **_provenance()},
+        )
         return self
 
     def __exit__(self, *error) -> None:

@@ -243,6 +243,8 @@ def as_type(value: Any, kind: Any) -> Any:
             wants = f"wants a finite number, got {value!r}"
         elif kind is float or value == int(value):  # 1e5 is also a whole number
             return kind(value)
+    elif kind is str and isinstance(value, str) and "\0" in value:
+        wants = "must not hold a null character"
     elif type(value) is kind:
         return value
     raise ValueError(wants)
@@ -292,6 +294,7 @@ def _help(cls: type, scales: bool) -> str:
     call = f"-m tools.{script.stem}" if script.parent.name == "tools" else script.name
     files = " [config/EXPERIMENT.py] [config/model/SCALE.py]" if scales else ""
     lines = [f"usage: python {call}{files} [--key=value]"]
+    lines += ["       --debug shows the traceback of an error"]
     lines += ["", (cls.__doc__ or "").strip().partition("\n")[0], ""]
     classes = filter(dataclasses.is_dataclass, reversed(cls.__mro__))
     for line in "\n".join(map(inspect.getsource, classes)).splitlines():

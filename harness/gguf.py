@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from harness.errors import UserError
+from harness.files import UMASK
 
 CACHE = Path(__file__).parents[1] / "cache"
 
@@ -62,6 +63,8 @@ def _convert(path: Path, folder: Path) -> None:
             half = Path(work) / "model"
             model.save_pretrained(half)
             tokenizer.save_pretrained(half)
+            for file in half.iterdir():  # safetensors makes files that only their owner reads
+                os.chmod(file, 0o666 & ~UMASK)
             if not folder.exists():  # another process may have been faster
                 os.rename(half, folder)
     except OSError as error:

@@ -3,9 +3,11 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from functools import lru_cache
 
 import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -18,6 +20,7 @@ from transformers.utils import logging as hf_logging
 from decoding.kvcache import EXPANDED_ATTENTION
 from harness import gguf
 from harness.errors import UserError
+from harness.leftovers import remove_leftovers
 from harness.output_layer import logits
 from model import backbone, head
 
@@ -124,6 +127,7 @@ def load_model(
     Raises UserError for a model that cannot be loaded, or that this code would get wrong
     (sliding-window attention, or logits that are not a linear map of the last hidden state).
     """
+    remove_leftovers(gguf.CACHE)
     name = gguf.resolve(name)
     with _readable_errors(name, "model"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -192,10 +196,17 @@ def _refuse_incomplete(name: str, info: dict) -> None:
 
 @contextmanager
 def _readable_errors(name: str, what: str) -> Iterator[None]:
-    """Turn the errors of from_pretrained into a UserError of one line."""
+    """Turn the errors of from_pretrained into a UserError of one line.
+
+    A hub that does not answer within three seconds is not asked again, because transformers would
+    ask it for a minute. A copy in the cache is then used.
+    """
     try:
-        yield
-    except (OSError, ValueError, ImportError) as error:  # OSError: absent, or no hub
+        with _hub_if_it_answers(name):
+            yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # foreign files fail in many ways inside foreign code
         lines = str(error).strip().splitlines()
         reason = lines[0] if lines else type(error).__name__
         if "trust_remote_code" in str(error):
@@ -203,7 +214,7 @@ def _readable_errors(name: str, what: str) -> Iterator[None]:
                 f"{what} {name!r}: needs code of its own, which is never run here: use a model "
                 "whose architecture transformers knows"
             ) from error
-        local = Path(name).exists()
+        local = os.path.exists(name)  # False for a name that is too long
         hint = (
             "the folder must hold config.json, the weights (*.safetensors) and a tokenizer"
             if local
@@ -211,6 +222,28 @@ def _readable_errors(name: str, what: str) -> Iterator[None]:
             "name a local folder"
         )
         raise UserError(f"{what} {name!r}: {hint} ({reason})") from error
+
+
+@contextmanager
+def _hub_if_it_answers(name: str) -> Iterator[None]:
+    """Work offline inside if name is no folder and the hub cannot be reached."""
+    offline = constants.HF_HUB_OFFLINE
+    if not os.path.exists(name) and not offline:
+        constants.HF_HUB_OFFLINE = not _hub_answers()
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+
+
+@lru_cache
+def _hub_answers() -> bool:
+    """Whether the hub gives any answer. Asked once per process."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=3)
+        return True
+    except Exception:  # no network, no such host, a proxy that refuses
+        return False
 
 
 def check_positions(model: torch.nn.Module, max_prompt_tokens: int, max_new_tokens: int) -> None:

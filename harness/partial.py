@@ -4,23 +4,13 @@ They are stored in FILE.progress until FILE is written as a whole. Its first lin
 that the results depend on. Each further line holds a result.
 """
 
-import hashlib
 import json
 from pathlib import Path
 
-from torch import float64, nn
-
 from harness.errors import UserError
+from harness.files import no_follow
 from harness.locks import lock
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A hash of a model's weights, computed from the name, type and sum of each."""
-    sums = [
-        (name, str(p.dtype), p.detach().sum(dtype=float64).item())
-        for name, p in model.named_parameters()
-    ]
-    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
+from harness.strict_json import parse_json
 
 
 class ProgressFile:
@@ -34,7 +24,7 @@ class ProgressFile:
         self.path = file.with_name(file.name + ".progress")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "a+", encoding="ascii", newline="\n")
+            self._file = open(self.path, "a+", encoding="ascii", newline="\n", opener=no_follow)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
         try:
@@ -48,7 +38,7 @@ class ProgressFile:
         self._file.seek(0)
         text = self._file.read()
         text = text[: text.rfind("\n") + 1]
-        lines = [json.loads(line) for line in text.splitlines()]
+        lines = [parse_json(line) for line in text.splitlines()]
         self._file.truncate(len(text))
         return lines
 

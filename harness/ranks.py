@@ -196,4 +196,5 @@ class Follower:
     def _nothing(self, *_) -> None:
         pass
 
-    load_state = save_state = repair_weights = log = log_eval = __enter__ = __exit__ = _nothing
+    load_state = save_state = repair_weights = log = log_eval = _nothing
+    compare_inputs = __enter__ = __exit__ = _nothing

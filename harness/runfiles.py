@@ -5,38 +5,76 @@ A step is logged before it is saved. The state, not the log, therefore says how 
 
 import itertools
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from safetensors import SafetensorError, safe_open
 
-from harness.errors import UserError
+from harness.errors import UserError, printable
+from harness.files import write_whole
+from harness.strict_json import parse_json, read_json
 
-STATE = "state.safetensors"
+STATE = "state.safetensors"  # of the newest checkpoint
+PREVIOUS = "state.previous.safetensors"  # of the checkpoint before it
+UNUSED = "state.unused.safetensors"  # the newest, after a resume from the one before it
 RECORD = "nanorlvr.json"  # beside trained weights: their step, base model and quantisation
 BASE_KEY = "base_model_name_or_path"  # key of the base model in adapter_config.json
 T = TypeVar("T")
 
 
-def read_config(folder: Path | str) -> dict:
+class SavedConfig(dict):
+    """The configuration of a run. Reading a setting that it lacks raises UserError."""
+
+    def __init__(self, values: dict, path: Path):
+        super().__init__(values)
+        self.path = path
+
+    def __missing__(self, key: str):
+        raise UserError(f"{self.path}: lacks the setting {key}")
+
+
+def read_config(folder: Path | str) -> SavedConfig:
     """The configuration of a run. Raises UserError if the folder does not hold one."""
     path = Path(folder) / "config.json"
     try:
-        return json.loads(path.read_text())["config"]
+        config = read_json(path)["config"]
+        if not isinstance(config, dict):
+            raise ValueError("config is not a JSON object")
+        return SavedConfig(config, path)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: no readable config.json of a run in it") from error
 
 
-def read_state(folder: Path | str) -> dict[str, str] | None:
-    """The numbers in a run's state (steps_done, logged), or None if there is no state.
+def read_inputs(folder: Path | str) -> dict[str, str]:
+    """The fingerprints of a run's inputs (harness/inputs.py), or {} if it has none."""
+    try:
+        inputs = read_json(Path(folder) / "config.json")["inputs"]
+    except (OSError, ValueError, KeyError):  # older runs have none
+        return {}
+    return inputs if isinstance(inputs, dict) else {}
 
-    Raises UserError if the state is damaged.
+
+def read_state(folder: Path | str) -> dict[str, str] | None:
+    """The numbers in a run's newest readable state, or None if there is no state.
+
+    Raises UserError if there are states but none is readable. harness/states.py also checks their
+    contents.
     """
-    path = Path(folder) / STATE
-    if not path.exists():
-        return None
+    fault = None
+    for path in (Path(folder) / STATE, Path(folder) / PREVIOUS):
+        if path.exists():
+            try:
+                return read_numbers(path)
+            except UserError as error:
+                fault = fault or error
+    if fault:
+        raise fault
+    return None
+
+
+def read_numbers(path: Path) -> dict[str, str]:
+    """The numbers in a state: steps_done, logged, checksum. Raises UserError if it is damaged."""
     try:
         with safe_open(path, "pt") as file:
             numbers = file.metadata()
@@ -49,10 +87,9 @@ def read_state(folder: Path | str) -> dict[str, str] | None:
 def read_record(folder: Path | str) -> dict:
     """The record beside trained weights, or {} if there is no readable one."""
     try:
-        record = json.loads((Path(folder) / RECORD).read_text())
+        return read_json(Path(folder) / RECORD)
     except (OSError, ValueError):
         return {}
-    return record if isinstance(record, dict) else {}
 
 
 def read_history(folder: Path, state: dict[str, str]) -> list[dict]:
@@ -123,10 +160,16 @@ def over_its_base(cfg: T, given: dict) -> T:
         raise UserError(f"adapter={folder}: no adapter_config.json in it: name an adapter's folder")
     record = read_record(folder)
     try:
-        base = json.loads((folder / "adapter_config.json").read_text())[BASE_KEY]
-    except (OSError, ValueError, KeyError, TypeError):
+        base = read_json(folder / "adapter_config.json").get(BASE_KEY)
+    except (OSError, ValueError):
         base = None  # load_adapter will report what is wrong
     found = {"model": record.get("base_model") or base, "quant": record.get("quant")}
+    for key, value in found.items():
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"{folder}: its {key} is not text: {str(value)[:80]}")
+    found = {key: value and printable(value) for key, value in found.items()}
+    if found["quant"] not in (None, "none", "nf4"):
+        raise UserError(f"{folder}/{RECORD}: quant is neither none nor nf4: {found['quant']}")
     for key, value in found.items():
         if value and key in given and given[key] != value:
             print(f"warning: {folder} was trained with {key}={value}, not {given[key]}")
@@ -147,10 +190,10 @@ def read_jsonl(path: Path) -> list[dict]:
     rows = []
     for line in path.read_text(errors="replace").split("\n")[:-1] if path.exists() else []:
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             break
-        if not isinstance(row, dict):
+        if not isinstance(row, dict) or type(row.get("step", 0)) is not int:
             break
         rows.append(row)
     return rows
@@ -159,13 +202,9 @@ def read_jsonl(path: Path) -> list[dict]:
 def save_rows(rows: list[dict], path: Path) -> None:
     """Write rows as .jsonl. A crash leaves the old or the new file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(temporary, path)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_json(path: Path, value: dict) -> None:
     """Write JSON. A crash leaves the old or the new file."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(value, indent=1) + "\n")

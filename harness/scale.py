@@ -23,6 +23,7 @@ def choose_scale(given: dict) -> tuple[str | dict, str]:
     if given.get("resume") and given.get("out_dir"):
         saved = read_config(given["out_dir"])
         known = {f.name for f in fields(Config)}  # an old run may hold settings that are gone
+        known -= {"resume", "resume_step"}  # those of the last call
         values = {key: value for key, value in saved.items() if key in known}
         return values, f"the configuration of {given['out_dir']}"
     how = "choose by naming one, e.g. config/model/tiny.py"

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from harness.errors import Stopped, UserError
+from harness.errors import OnlyStateSaved, Stopped, UserError
 from lora import lora_layers, trainable
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -100,7 +100,8 @@ class LastStep:
     ):
         """save(step) writes a checkpoint of the model and the optimizer as they are now."""
         self.optimizer, self._save = optimizer, save
-        self.parameters = list(trainable(model).values()) if lora_layers(model) else []
+        self._trained = list(trainable(model).values())
+        self.parameters = self._trained if lora_layers(model) else []  # those with copies
         self.step: int | None = None  # the last complete step
         self.saved: int | None = None  # the step of the last checkpoint
         self.intact = True  # whether the weights are those of self.step
@@ -109,7 +110,11 @@ class LastStep:
 
     def save(self, step: int) -> None:
         """Write a checkpoint after a step."""
-        self._save(step)
+        try:
+            self._save(step)
+        except OnlyStateSaved:
+            self.saved = step
+            raise
         self.saved = step
 
     def _weights_move(self, *_) -> None:
@@ -119,8 +124,11 @@ class LastStep:
     def done(self, step: int) -> None:
         """Note that the step is complete and logged. step=0 means before the first one.
 
-        Call it before `save`, so that an error while saving does not lose the step.
+        Call it before `save`, so that an error while saving does not lose the step. Raises
+        UserError if a weight is not finite.
         """
+        if not self._finite():
+            raise UserError(f"the weights are not finite after step {step}: lower --lr")
         copies = []
         for parameter in self.parameters:
             weight = parameter.detach().to("cpu", copy=True)
@@ -129,6 +137,10 @@ class LastStep:
             copies.append((weight, moments))
         # All at once: an interruption while copying must leave the previous step's copies whole.
         self.step, self.copies, self.intact = step, copies, True
+
+    def _finite(self) -> bool:
+        """Whether all weights are finite. Poisoned ones must not replace the last good step."""
+        return bool(torch.stack([p.detach().isfinite().all() for p in self._trained]).all())
 
     def __enter__(self) -> "LastStep":
         return self

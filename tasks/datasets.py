@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from data import Problem, rng
 from evaluation import interop
-from harness.errors import UserError
+from harness.errors import UserError, printable
+from harness.strict_json import parse_json
 from tasks import arithmetic
 from tasks.rows import is_chat, normal_level, problem_of
 
@@ -64,7 +65,8 @@ def load_problems(
             faults[0] if faults else f"{source}: empty: it needs one JSON object a line"
         )
     if faults:
-        print(f"{source}: {len(faults)} rows left out, such as {faults[0]}", file=sys.stderr)
+        example = printable(faults[0])
+        print(f"{source}: {len(faults)} rows left out, such as {example}", file=sys.stderr)
     if chats:
         print(
             f"{source}: {chats} prompts are chat messages: the user turn is the problem, with any "
@@ -121,14 +123,16 @@ def _file_rows(path: Path, split: str) -> Iterable[tuple[str, Any]]:
     line = 1
     try:
         if text.lstrip().startswith("["):
-            for i, row in enumerate(json.loads(text), start=1):
+            for i, row in enumerate(parse_json(text), start=1):
                 yield f"{path}: row {i}", row
         else:
             for line, content in enumerate(text.split("\n"), start=1):
                 if content.strip():
-                    yield f"{path}:{line}", json.loads(content)
+                    yield f"{path}:{line}", parse_json(content)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{line + error.lineno - 1}: not JSON: {error.msg}") from None
+    except ValueError as error:
+        raise UserError(f"{path}:{line}: not JSON: {error}") from None
 
 
 def _hub_rows(source: str, split: str) -> Iterable[tuple[str, Any]]:
@@ -186,8 +190,8 @@ def load_completions(file: str) -> list[dict]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise UserError(f"{file}:{number}: not JSON ({error})") from error
         if isinstance(row, dict):  # a null is no value
             row = {"problem": ""} | {key: value for key, value in row.items() if value is not None}

@@ -15,7 +15,6 @@ done, including those without an answer. The same command continues from there.
 
 import hashlib
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from data import Problem
 from engine import LABEL_NOISE, decode, generate
 from grading.spelling import lenient_answer
 from harness.errors import UserError
+from harness.files import write_whole
 from harness.partial import ProgressFile
 from harness.progress import Progress
 from model import end_token_ids
@@ -256,9 +256,7 @@ class LabelFile:
                 )
             print(f"{self.path} is complete")
             return
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text(text, encoding="ascii")
-        os.replace(temporary, self.path)
+        write_whole(self.path, text)
 
     def __enter__(self) -> "LabelFile":
         return self

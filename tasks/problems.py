@@ -91,5 +91,5 @@ def training_problems(
         if one_shot == "pi_1" and in_tiny_world:
             one_shot = problems[0].id  # the tiny world has no sail problem: take its first problem
         problems = [pick_one(problems, one_shot)]
-        print(f"one problem, duplicated: {problems[0].problem!r}, answer {problems[0].answer}")
+        print(f"one problem, duplicated: {problems[0].problem!r}, answer {problems[0].answer!r}")
     return problems, ", ".join(dropped)

@@ -214,12 +214,13 @@ def two_steps_done(tmp_path):
 @pytest.mark.parametrize("key", [f.name for f in fields(Config)])
 def test_resuming_refuses_another_experiment(two_steps_done, key, capsys):
     """Every setting that is not known to be harmless, such as the reward and those of the eval."""
-    config = asdict(Config(steps=4)) | {key: 7777}
-    if key in FREE or key in ("out_dir", "resume"):
+    value = 2 if key == "resume_step" else 7777  # there must be a checkpoint of that step
+    config = asdict(Config(steps=4)) | {key: value}
+    if key in FREE or key in ("out_dir", "resume", "resume_step"):
         with RunFolder(two_steps_done, config, resume=True) as folder:
             assert [row["step"] for row in folder.history] == [1, 2]
         assert (key in capsys.readouterr().out) == (key in FREE)
-        assert read_config(two_steps_done)[key] == 7777
+        assert read_config(two_steps_done)[key] == value
     else:
         with pytest.raises(UserError, match=f"{key} was"):
             RunFolder(two_steps_done, config, resume=True)

@@ -11,6 +11,8 @@
     rewards    list the rewards, or score saved completions with them
     bench      time the phases of a step, alone or against transformers and TRL
     noise      measure how far rounding alone moves a model's ratios
+    kill_runs     kill runs at random moments and compare them with an uninterrupted one
+    fuzz_parsers  give random input to every parser
     fuzz_grader   measure how long a hostile answer can hold the trainer
     memory_table  compute the memory of each recipe, for cards of 8 to 24 GB
 

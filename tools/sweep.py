@@ -46,7 +46,7 @@ from harness.configurator import configure
 from harness.errors import UserError, run
 from harness.runfiles import write_json
 from settings import Config, check
-from tools.parts.arms import as_saved
+from tools.parts.arms import RUN_KEYS, as_saved
 from tools.parts.jobs import Job, how_many, run_all, state
 from tools.parts.report import REPORT, write_report
 from tools.parts.sweep_runs import load_sweep_arm
@@ -103,7 +103,7 @@ def arms_of(argv: Sequence[str]) -> dict[str, list[str]]:
             continue
         key, _, text = arg[2:].partition("=")
         values = split_list(text, get_origin(types.get(key)) is tuple)
-        if key in ("seed", "out_dir", "resume"):
+        if key in RUN_KEYS:
             instead = {"seed": "--seeds=N", "out_dir": "--out=FOLDER"}.get(key)
             advice = f"use {instead}" if instead else "leave it out"
             raise UserError(f"{arg}: the sweep sets {key}: {advice}")

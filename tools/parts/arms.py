@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from harness.errors import UserError
-from harness.runfiles import read_config, read_jsonl
-from settings import Config
+from harness.runfiles import read_jsonl
+from settings import Config, read_settings
 
 # Two runs belong to one arm even if they differ in these settings ...
-RUN_KEYS = ("seed", "out_dir", "resume")
+RUN_KEYS = ("seed", "out_dir", "resume", "resume_step")
 # ... or in these, which train.py adapts to the memory it finds.
 MEMORY_KEYS = ("rollout_weights", "rollout_rows", "micro_batch_tokens")
 
@@ -112,7 +112,7 @@ def load_arms(folders: Sequence[Path | str]) -> list[Arm]:
     arms: dict[str, Arm] = {}
     seen: dict[tuple, Path] = {}
     for folder in map(Path, folders):
-        config = every_setting(read_config(folder))
+        config = every_setting(read_settings(folder))
         name = json.dumps(_without_run_keys(config), sort_keys=True)
         twin = seen.setdefault((name, config.get("seed")), folder)
         if twin is not folder:

@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from harness.configurator import PROJECT, configure
 from harness.errors import UserError
+from harness.files import no_follow
 from harness.locks import lock
 from harness.plan import device_memory
 from harness.runfiles import (
     is_complete,
-    read_config,
     read_jsonl,
     read_state,
     stale,
@@ -33,7 +33,7 @@ from harness.runfiles import (
 )
 from harness.scale import choose_scale
 from harness.stopping import StopOnSignal
-from settings import Config
+from settings import Config, read_settings
 from tasks import tiny
 from tools.parts.arms import as_saved, differences
 
@@ -61,7 +61,7 @@ class Job:
     @property
     def steps_done(self) -> int:
         rows = read_jsonl(self.folder / "metrics.jsonl")
-        return rows[-1]["step"] if rows else 0
+        return rows[-1].get("step", 0) if rows else 0
 
 
 def state(job: Job) -> str:
@@ -73,7 +73,7 @@ def state(job: Job) -> str:
     if not (job.folder / "config.json").exists():
         return "new"
     _wait_until_free(job.folder)
-    different = differences(read_config(job.folder), as_saved(job.config))
+    different = differences(read_settings(job.folder), as_saved(job.config))
     for key, (before, value) in different.items():
         if not _settled(key, value, before):
             raise UserError(
@@ -89,7 +89,7 @@ def state(job: Job) -> str:
 def _wait_until_free(folder: Path, seconds: float = 60.0) -> None:
     """Wait for a run whose sweep was killed, until it has ended its step (see start)."""
     deadline, waited = time.monotonic() + seconds, False
-    with open(folder / "lock", "a") as file:
+    with open(folder / "lock", "a", opener=no_follow) as file:
         while True:
             try:
                 lock(file)
@@ -110,7 +110,7 @@ def _settled(key: str, wanted, saved) -> bool:
     resumes. The place of a run does not matter.
     """
     return (
-        key in ("out_dir", "resume")
+        key in ("out_dir", "resume", "resume_step")
         or (key == "rollout_weights" and wanted == "auto")
         or (key in ("micro_batch_tokens", "rollout_rows") and saved < wanted)
     )

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.runfiles import is_complete, read_config, read_jsonl
-from settings import Config
+from harness.runfiles import is_complete, read_jsonl
+from settings import Config, read_settings
 from tools.parts.arms import (
     MEMORY_KEYS,
     RUN_KEYS,
@@ -34,7 +34,7 @@ def load_sweep_arm(folder: Path, wanted: dict | None = None) -> Arm:
         run = folder / f"seed{seed}"
         if not read_jsonl(run / "metrics.jsonl") or not is_complete(run):
             continue
-        config = every_setting(read_config(run))
+        config = every_setting(read_settings(run))
         arm.config = arm.config or config
         for key, (here, there) in differences(config, arm.config, IN_ONE_ARM).items():
             first = f" as in {arm.folders[0]}" if arm.folders else ""
