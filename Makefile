@@ -1,6 +1,6 @@
 # make demo       GRPO with four rewards on the tiny world, one figure, one table
 # make test       ruff and the test suite
-# make quick      the quick tests, in under a minute
+# make quick      the quick tests, in under two minutes
 # make test-gpu   the tests that need CUDA
 # make bench      time the phases of a step on the tiny world
 #

@@ -1,8 +1,7 @@
 """What keeps runs safe and simple: settings, checkpoints, memory, errors. Unix only.
 
-Importing it before torch makes torch's idle threads sleep instead of spinning. On cores that other
-work keeps busy, spinning threads can make a step many times slower; on idle cores it costs a few
-percent. Set OMP_WAIT_POLICY=active to have them spin.
+Importing it before torch makes torch's idle threads sleep instead of spinning. Spinning
+threads waste cores that other work keeps busy. Set OMP_WAIT_POLICY=active to have them spin.
 
 Imports take seconds. Ctrl-C during them ends the program with one line, as harness.errors.run does
 afterwards.

@@ -1,4 +1,4 @@
-"""The habit of a real model, clipped on both sides, with random rewards (docs/STUDY.md, part 3).
+"""The habit of a real model, clipped on both sides, with random rewards (docs/STUDY.md, section 7).
 
 The prompt's response prefix makes the first tokens decide, so responses are that short. Use it with
 config/model/qwen2.5_coder_0.5b.py or smollm2_135m.py. Run each seed with its coins flipped as well:
